@@ -1,0 +1,53 @@
+"""Gemma 2 for Keras 3, on TensorFlow, JAX and PyTorch.
+
+Naming the package loads nothing; each public name loads what it needs when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gemma2_keras.checkpoints.catalogue import describe_preset, list_presets
+    from gemma2_keras.config import Gemma2Config
+    from gemma2_keras.models.gemma2_backbone import Gemma2Backbone
+    from gemma2_keras.preprocessing.causal_lm_preprocessor import Gemma2CausalLMPreprocessor
+    from gemma2_keras.preprocessing.tokenizer import Gemma2Tokenizer, IncrementalDecoder
+    from gemma2_keras.tasks.causal_lm import Gemma2CausalLM
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Gemma2Backbone": "models.gemma2_backbone",
+    "Gemma2CausalLM": "tasks.causal_lm",
+    "Gemma2CausalLMPreprocessor": "preprocessing.causal_lm_preprocessor",
+    "Gemma2Config": "config",
+    "Gemma2Tokenizer": "preprocessing.tokenizer",
+    "IncrementalDecoder": "preprocessing.tokenizer",
+    "describe_preset": "checkpoints.catalogue",
+    "list_presets": "checkpoints.catalogue",
+}
+
+__all__ = [
+    "Gemma2Backbone",
+    "Gemma2CausalLM",
+    "Gemma2CausalLMPreprocessor",
+    "Gemma2Config",
+    "Gemma2Tokenizer",
+    "IncrementalDecoder",
+    "describe_preset",
+    "list_presets",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

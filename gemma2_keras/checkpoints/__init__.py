@@ -1,0 +1,1 @@
+"""Presets and checkpoints: names to folders, files to weights, weights to files."""

@@ -1,0 +1,125 @@
+"""Files from outside, read as data and doubted; files of ours, written so that a broken run leaves the old ones."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gemma2_keras.errors import CheckpointError
+
+# Far above any honest configuration or index file.
+LARGEST_JSON = 64 * 2**20
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: if there is no such file, it is too large, broken, no object, or has a key twice.
+    """
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_JSON:
+            raise CheckpointError(f"{path} has {size} bytes, too many for a {path.name}.")
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} has no {path.name}.") from error
+    except (OSError, UnicodeDecodeError, RecursionError, json.JSONDecodeError, _DuplicateKeyError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__} where a JSON object belongs.")
+    return value
+
+
+class _DuplicateKeyError(Exception):
+    """A JSON object has a key twice."""
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _DuplicateKeyError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return value
+
+
+def file_inside(folder: Path, name: Any) -> Path:
+    """The path of a file that another file names.
+
+    Raises:
+        CheckpointError: if `name` is no plain file name.
+    """
+    if not isinstance(name, str) or not name or name in (".", "..") or any(c in name for c in "/\\\0:"):
+        raise CheckpointError(f"{folder} names {name!r} as a file of weights, which is no plain file name.")
+    return folder / name
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: str | os.PathLike, marker: str) -> Iterator[Path]:
+    """Write a whole folder beside `folder`, then put it in its place; on any error the old one stays as it was.
+
+    Args:
+        folder: where the result shall stand. What is there may be replaced if it is empty or holds a file `marker`.
+        marker: name of a file that tells a folder of ours.
+
+    Yields:
+        A new, empty folder to write into.
+
+    Raises:
+        FileExistsError: if something else stands at `folder`.
+    """
+    target = Path(os.path.abspath(folder))
+    if target.is_symlink() or target.exists():
+        ours = (
+            target.is_dir() and not target.is_symlink() and ((target / marker).is_file() or not any(target.iterdir()))
+        )
+        if not ours:
+            raise FileExistsError(f"{target} exists and is no saved preset: choose another folder, or remove it first.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    # A private folder is what mkdtemp makes; a preset is as readable as anything else the user writes.
+    beside.chmod(0o777 & ~_umask())
+    try:
+        yield beside
+        for path in [*beside.iterdir(), beside]:
+            _flush(path)
+        if target.exists():
+            old = beside.with_name(f"{beside.name}.old")
+            target.rename(old)
+            try:
+                beside.rename(target)
+            except BaseException:
+                old.rename(target)
+                raise
+            shutil.rmtree(old)
+        else:
+            beside.rename(target)
+        _flush(target.parent)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object, keys sorted, for people to read."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

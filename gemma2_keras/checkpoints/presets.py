@@ -1,0 +1,124 @@
+"""Models, tokenizers and preprocessors out of preset folders, and into them.
+
+A saved preset is a transformers checkpoint (configuration, safetensors, SentencePiece model) with one more file for
+what transformers has no place for, so that the same folder loads here and there.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from gemma2_keras.checkpoints.guard import read_json, replacing_folder, write_json
+from gemma2_keras.checkpoints.hub import resolve
+from gemma2_keras.checkpoints.transformers import (
+    CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    TOKENIZER_FILE,
+    SafetensorsCheckpoint,
+    parse_config,
+    write_checkpoint,
+)
+from gemma2_keras.errors import CheckpointError
+from gemma2_keras.layers.initialization import awaiting_weights
+
+OWN_FILE = "gemma2_keras.json"
+FORMAT = 1
+_PREPROCESSOR_KEYS = {"sequence_length", "add_start_token", "add_end_token"}
+
+
+def load_backbone(cls: type, preset: Any, *, load_weights: bool = True, dtype: Any = None) -> Any:
+    """Build `cls` for a preset and, if asked, fill it with the preset's weights."""
+    folder = resolve(preset)
+    settings = read_json(folder / CONFIG_FILE)
+    config = parse_config(settings)
+    hyperparameters = {**config.to_dict(), "dropout": _own_settings(folder).get("dropout", 0.0)}
+    if not load_weights:
+        return cls(**hyperparameters, dtype=dtype or _stored_dtype(settings) or "float32")
+    # Read and checked whole before anything is allocated.
+    checkpoint = SafetensorsCheckpoint(folder, config)
+    with awaiting_weights():
+        backbone = cls(**hyperparameters, dtype=dtype or _stored_dtype(settings) or checkpoint.dtype)
+    checkpoint.assign_to(backbone)
+    return backbone
+
+
+def _stored_dtype(settings: dict[str, Any]) -> Any:
+    return settings.get("dtype", settings.get("torch_dtype"))
+
+
+def load_tokenizer(cls: type, preset: Any, **kwargs: Any) -> Any:
+    """Make `cls` from a preset's SentencePiece model."""
+    folder = resolve(preset)
+    path = folder / TOKENIZER_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no {TOKENIZER_FILE}, the SentencePiece model of the tokenizer.")
+    try:
+        return cls(path, **{**_own_settings(folder).get("tokenizer", {}), **kwargs})
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no Gemma tokenizer: {error}") from error
+
+
+def load_preprocessor(cls: type, preset: Any, **kwargs: Any) -> Any:
+    """Make `cls` with a preset's tokenizer and settings."""
+    folder = resolve(preset)
+    settings = _own_settings(folder).get("preprocessor", {})
+    return cls(load_tokenizer(cls.tokenizer_cls, folder), **{**settings, **kwargs})
+
+
+def has_tokenizer(preset: Any) -> bool:
+    """Whether a preset comes with a tokenizer; a bare transformers checkpoint may not."""
+    return (resolve(preset) / TOKENIZER_FILE).is_file()
+
+
+def save_preset(folder: str | os.PathLike, backbone: Any, preprocessor: Any = None, max_shard_size: float | None = 10):
+    """Write a preset folder that `from_preset` and transformers read; adapters are merged into the weights.
+
+    Args:
+        folder: where; an earlier saved preset there is replaced, and stays as it was if writing fails.
+        backbone: a `Gemma2Backbone`.
+        preprocessor: a `Gemma2CausalLMPreprocessor`, or `None`.
+        max_shard_size: most GB in one file of weights; `None` for a single file.
+
+    Raises:
+        FileExistsError: if something else than a saved preset stands at `folder`.
+        ValueError: if `max_shard_size` is not above 0.
+    """
+    if max_shard_size is not None and not max_shard_size > 0:
+        raise ValueError(f"`max_shard_size` must be above 0 GB, or None; given {max_shard_size!r}.")
+    own: dict[str, Any] = {"format": FORMAT, "dropout": backbone.config.dropout}
+    with replacing_folder(folder, OWN_FILE) as beside:
+        write_checkpoint(beside, backbone, max_shard_size)
+        generation: dict[str, Any] = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+        if preprocessor is not None:
+            tokenizer = preprocessor.tokenizer
+            (beside / TOKENIZER_FILE).write_bytes(tokenizer.proto)
+            own["tokenizer"] = {"parse_special": tokenizer.parse_special}
+            own["preprocessor"] = {key: getattr(preprocessor, key) for key in sorted(_PREPROCESSOR_KEYS)}
+            generation["eos_token_id"] = list(tokenizer.stop_token_ids)
+        write_json(beside / GENERATION_CONFIG_FILE, generation)
+        write_json(beside / OWN_FILE, own)
+
+
+def _own_settings(folder: Path) -> dict[str, Any]:
+    """Our own file of a preset folder, checked; empty for a folder that we did not write."""
+    path = folder / OWN_FILE
+    if not path.exists():
+        return {}
+    own = read_json(path)
+    if own.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {own.get('format')!r}; this version reads {FORMAT}. Install a newer gemma2-keras."
+        )
+    allowed = {"tokenizer": {"parse_special"}, "preprocessor": _PREPROCESSOR_KEYS}
+    for part, keys in allowed.items():
+        value = own.get(part, {})
+        if not isinstance(value, dict) or not set(value) <= keys:
+            raise CheckpointError(
+                f"`{part}` in {path} must be an object with keys among {sorted(keys)}; it is {value!r}."
+            )
+    unknown = set(own) - {"format", "dropout", *allowed}
+    if unknown:
+        raise CheckpointError(f"{path} has unknown keys: {sorted(unknown)}.")
+    return own

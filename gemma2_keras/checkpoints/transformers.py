@@ -1,0 +1,326 @@
+"""Checkpoints in the format of Hugging Face transformers, read and written without that library."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from gemma2_keras.checkpoints.guard import file_inside, read_json, write_json
+from gemma2_keras.checkpoints.names import Weight, weight_map
+from gemma2_keras.config import Gemma2Config
+from gemma2_keras.errors import CheckpointError
+
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_FILE = "tokenizer.model"
+
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_TIED_OUTPUT = "lm_head.weight"
+
+# Their key -> our hyperparameter. All must be there.
+_ARCHITECTURE = {
+    "vocab_size": "vocabulary_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_query_heads",
+    "num_key_value_heads": "num_key_value_heads",
+    "hidden_size": "hidden_dim",
+    "intermediate_size": "intermediate_dim",
+    "head_dim": "head_dim",
+    "query_pre_attn_scalar": "query_pre_attention_scalar",
+    "attn_logit_softcapping": "attention_logit_soft_cap",
+    "final_logit_softcapping": "final_logit_soft_cap",
+    "sliding_window": "sliding_window_size",
+    "rms_norm_eps": "layer_norm_epsilon",
+    "max_position_embeddings": "context_length",
+}
+# Keys that change the mathematics, and the values that mean what we compute.
+_FIXED: dict[str, tuple] = {
+    "model_type": ("gemma2",),
+    "hidden_activation": ("gelu_pytorch_tanh", None),
+    "hidden_act": ("gelu_pytorch_tanh", None),
+    "attention_bias": (False, None),
+    "attention_dropout": (0, None),
+    "tie_word_embeddings": (True,),
+    "rope_scaling": (None,),
+    "use_bidirectional_attention": (False, None),
+    "quantization_config": (None,),
+    "pruned_heads": (None, {}),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+}
+# Keys that say nothing about what is computed from token ids.
+_HARMLESS = {
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "initializer_range",
+    "use_cache",
+    "cache_implementation",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "_name_or_path",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "chunk_size_feed_forward",
+    "is_decoder",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "_attn_implementation_autoset",
+}
+_ROPE_KEYS = {"rope_theta", "rope_parameters"}
+
+
+def parse_config(config: dict[str, Any]) -> Gemma2Config:
+    """A transformers configuration as hyperparameters; refuses what would change the mathematics.
+
+    Raises:
+        CheckpointError: names the key that is missing, unknown or has a value that is not implemented.
+    """
+    if config.get("model_type") != "gemma2":
+        raise CheckpointError(
+            f'The checkpoint\'s `model_type` is {config.get("model_type")!r}; only "gemma2" is read here.'
+        )
+    for key, allowed in _FIXED.items():
+        if key in config and config[key] not in allowed:
+            raise CheckpointError(f"`{key}` is {config[key]!r}, which is not implemented; allowed: {_either(allowed)}.")
+    missing = [key for key in _ARCHITECTURE if key not in config]
+    if missing:
+        raise CheckpointError(f"The configuration lacks `{'`, `'.join(missing)}`.")
+    unknown = sorted(set(config) - {*_ARCHITECTURE, *_FIXED, *_HARMLESS, *_ROPE_KEYS, "layer_types"})
+    if unknown:
+        raise CheckpointError(
+            f"The configuration has `{'`, `'.join(unknown)}`, unknown here: it could change what the model computes. "
+            "If you know that it does not, remove it from config.json."
+        )
+    hyperparameters = {ours: config[theirs] for theirs, ours in _ARCHITECTURE.items()}
+    try:
+        parsed = Gemma2Config(**hyperparameters, rope_max_wavelength=_rope_base(config))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"The configuration describes no Gemma 2 model: {error}") from error
+    if "layer_types" in config and config["layer_types"] != layer_types(parsed):
+        raise CheckpointError(
+            "`layer_types` must alternate, beginning with sliding_attention; another order is not implemented."
+        )
+    return parsed
+
+
+def _either(values: tuple) -> str:
+    return " or ".join("absent" if value is None else repr(value) for value in values)
+
+
+def _rope_base(config: dict[str, Any]) -> Any:
+    rope = config.get("rope_parameters")
+    if rope is None:
+        return config.get("rope_theta", 10_000.0)
+    if not isinstance(rope, dict) or set(rope) - {"rope_theta", "rope_type"} or rope.get("rope_type") != "default":
+        raise CheckpointError(f'`rope_parameters` is {rope!r}; only `rope_type` "default" is implemented.')
+    base = rope.get("rope_theta", 10_000.0)
+    if config.get("rope_theta", base) != base:
+        raise CheckpointError(f"`rope_theta` is {config['rope_theta']!r} and {base!r} in one configuration.")
+    return base
+
+
+def layer_types(config: Gemma2Config) -> list[str]:
+    """Each layer's kind of attention, as transformers names it."""
+    return ["sliding_attention" if config.is_local(i) else "full_attention" for i in range(config.num_layers)]
+
+
+def describe_config(config: Gemma2Config, dtype: str) -> dict[str, Any]:
+    """The configuration file that transformers reads for these hyperparameters."""
+    ours = config.to_dict()
+    return {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        **{theirs: ours[name] for theirs, name in _ARCHITECTURE.items()},
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+        "layer_types": layer_types(config),
+        "rope_parameters": {"rope_theta": config.rope_max_wavelength, "rope_type": "default"},
+        "dtype": dtype,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+        "use_cache": True,
+    }
+
+
+class SafetensorsCheckpoint:
+    """The tensors of a folder, whole and as expected before any is read.
+
+    Args:
+        folder: holds `model.safetensors`, or its index and shards.
+        config: the architecture that the tensors must fit.
+
+    Raises:
+        CheckpointError: if a file is missing, truncated or broken, or a tensor is missing, extra, misshapen or of a
+            dtype other than float32, bfloat16 and float16; the message names it.
+    """
+
+    def __init__(self, folder: Path, config: Gemma2Config) -> None:
+        self._weights = weight_map(config)
+        self._file_of: dict[str, Path] = {}
+        self._dtypes: set[str] = set()
+        shapes = {}
+        for path, names in _files(folder).items():
+            with _opened(path) as file:
+                held = list(file.keys())
+                if names is not None and set(held) != names:
+                    raise CheckpointError(
+                        f"{path} does not hold what the index says: {_some(set(held) ^ names)} in one of them only."
+                    )
+                for name in held:
+                    if name in self._file_of:
+                        raise CheckpointError(f"Tensor {name!r} is in {self._file_of[name].name} and in {path.name}.")
+                    self._file_of[name] = path
+                    piece = file.get_slice(name)
+                    shapes[name] = tuple(piece.get_shape())
+                    if piece.get_dtype() not in _DTYPES:
+                        raise CheckpointError(
+                            f"Tensor {name!r} has dtype {piece.get_dtype()}; allowed: {', '.join(_DTYPES)}."
+                        )
+                    self._dtypes.add(_DTYPES[piece.get_dtype()])
+        self._tied_copy = self._file_of.pop(_TIED_OUTPUT, None)
+        if self._tied_copy is not None:
+            self._check_tied_copy(shapes.pop(_TIED_OUTPUT))
+        missing, extra = self._weights.keys() - shapes.keys(), shapes.keys() - self._weights.keys()
+        if missing:
+            raise CheckpointError(f"{folder} lacks {len(missing)} tensors: {_some(missing)}.")
+        if extra:
+            raise CheckpointError(f"{folder} has {len(extra)} tensors that no Gemma 2 has: {_some(extra)}.")
+        for name, weight in self._weights.items():
+            if shapes[name] != weight.shape:
+                raise CheckpointError(
+                    f"Tensor {name!r} has shape {shapes[name]}; the configuration asks {weight.shape}."
+                )
+
+    def _check_tied_copy(self, shape: tuple[int, ...]) -> None:
+        embedding = "model.embed_tokens.weight"
+        if embedding not in self._file_of or shape != self._weights[embedding].shape:
+            raise CheckpointError(
+                f"{_TIED_OUTPUT!r} is no copy of {embedding!r}; an output of its own is not implemented."
+            )
+        with _opened(self._tied_copy) as file:
+            copy = file.get_tensor(_TIED_OUTPUT)
+        if not np.array_equal(copy, self.read(embedding)):
+            raise CheckpointError(f"{_TIED_OUTPUT!r} differs from {embedding!r}; an untied output is not implemented.")
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the tensors; float32 where they differ."""
+        return next(iter(self._dtypes)) if len(self._dtypes) == 1 else "float32"
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor."""
+        with _opened(self._file_of[name]) as file:
+            return file.get_tensor(name)
+
+    def assign_to(self, backbone: Any) -> None:
+        """Copy every tensor into the backbone's variables, cast to their dtype."""
+        by_file: dict[Path, list[tuple[str, Weight]]] = {}
+        for name, weight in self._weights.items():
+            by_file.setdefault(self._file_of[name], []).append((name, weight))
+        for path, entries in by_file.items():
+            with _opened(path) as file:
+                for name, weight in entries:
+                    weight.variable_of(backbone).assign(file.get_tensor(name))
+
+
+def _files(folder: Path) -> dict[Path, set[str] | None]:
+    """The files of weights, each with the tensors that the index promises in it (`None`: there is no index)."""
+    if (folder / WEIGHTS_FILE).exists():
+        return {folder / WEIGHTS_FILE: None}
+    if not (folder / INDEX_FILE).exists():
+        raise CheckpointError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}: there are no weights to load.")
+    shard_of = read_json(folder / INDEX_FILE).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise CheckpointError(f"{folder / INDEX_FILE} has no `weight_map`.")
+    files: dict[Path, set[str] | None] = {}
+    for name, shard in shard_of.items():
+        names = files.setdefault(file_inside(folder, shard), set())
+        assert names is not None
+        names.add(name)
+    return files
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} lacks the file {path.name}.") from error
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or broken ({error}). Copy or download the file again.") from error
+
+
+def _some(names: Any, most: int = 3) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(map(repr, ordered[:most])) + more
+
+
+def write_checkpoint(folder: Path, backbone: Any, max_shard_size: float | None) -> None:
+    """Write configuration and weights, adapters merged, as transformers reads them.
+
+    Args:
+        folder: an existing folder.
+        backbone: a `Gemma2Backbone`.
+        max_shard_size: most GB in one file; `None` for a single file.
+    """
+    dtype = keras.backend.standardize_dtype(backbone.token_embedding.embeddings.dtype)
+    write_json(folder / CONFIG_FILE, describe_config(backbone.config, dtype))
+    limit = float("inf") if max_shard_size is None else max_shard_size * 1e9
+    shards: list[list[tuple[str, Weight]]] = [[]]
+    size = total = 0
+    for name, weight in weight_map(backbone.config).items():
+        variable = weight.variable_of(backbone)
+        nbytes = int(np.prod(weight.shape)) * np.dtype(_numpy_dtype(variable)).itemsize
+        if shards[-1] and size + nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, weight))
+        size += nbytes
+        total += nbytes
+    if len(shards) == 1:
+        _write_shard(folder / WEIGHTS_FILE, shards[0], backbone)
+        return
+    shard_of = {}
+    for i, entries in enumerate(shards, start=1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        _write_shard(folder / file, entries, backbone)
+        shard_of.update({name: file for name, _ in entries})
+    index = {"metadata": {"total_size": total}, "weight_map": shard_of}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_shard(path: Path, entries: list[tuple[str, Weight]], backbone: Any) -> None:
+    tensors = {}
+    for name, weight in entries:
+        owner = weight.layer_of(backbone)
+        merged = getattr(owner, "merged_weight", None)
+        value = keras.ops.convert_to_numpy(weight.variable_of(backbone)) if merged is None else merged()
+        tensors[name] = np.ascontiguousarray(value)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _numpy_dtype(variable: Any) -> Any:
+    import ml_dtypes
+
+    name = keras.backend.standardize_dtype(variable.dtype)
+    return ml_dtypes.bfloat16 if name == "bfloat16" else name

@@ -1,0 +1,112 @@
+"""The command line `gemma2-keras`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from gemma2_keras import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; what goes wrong is one line on standard error.
+
+    Args:
+        arguments: the words after the program's name; `None` takes them from the command line.
+
+    Returns:
+        The exit status: 0, 1 if the command failed, 130 if it was interrupted. Unusable arguments exit with 2.
+    """
+    options = _parser().parse_args(arguments)
+    # Keras and TensorFlow read these once, when they are first imported.
+    if options.backend:
+        os.environ["KERAS_BACKEND"] = options.backend
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        options.run(options)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; nothing more may be flushed into the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        print(f"gemma2-keras: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gemma2-keras", description="Gemma 2 for Keras 3.")
+    parser.add_argument("--version", action="version", version=f"gemma2-keras {__version__}")
+    parser.add_argument("--backend", choices=("jax", "torch", "tensorflow"), help="Keras backend (default: Keras' own)")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="continue a prompt")
+    generate.add_argument("prompt", help="the text to continue; - reads standard input")
+    generate.add_argument(
+        "--preset", default="gemma2_tiny_en", help="name, hf:// handle or folder (default: %(default)s)"
+    )
+    generate.add_argument("--dtype", help="float32, bfloat16, float16 … (default: the checkpoint's)")
+    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
+    generate.add_argument(
+        "--sampler", default="greedy", help="greedy, top_k, top_p, random, beam … (default: %(default)s)"
+    )
+    generate.add_argument("--seed", type=int, help="make random sampling repeatable")
+    generate.add_argument("--strip-prompt", action="store_true", help="print the continuation alone")
+    generate.set_defaults(run=_generate)
+
+    presets = commands.add_parser("presets", help="list the presets, or show one")
+    actions = presets.add_subparsers(required=True, metavar="ACTION")
+    actions.add_parser("list", help="every name, with its size").set_defaults(run=_list_presets)
+    show = actions.add_parser("show", help="what is known of one")
+    show.add_argument("name")
+    show.set_defaults(run=_show_preset)
+    return parser
+
+
+def _generate(options: argparse.Namespace) -> None:
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    import keras
+
+    from gemma2_keras import Gemma2CausalLM
+
+    if options.seed is not None:
+        keras.utils.set_random_seed(options.seed)
+    model = Gemma2CausalLM.from_preset(options.preset, dtype=options.dtype)
+    if model.preprocessor is None:
+        raise ValueError(f"{options.preset} has no tokenizer.model, so that it cannot read a prompt.")
+    model.compile(sampler=options.sampler)
+    print(model.generate(prompt, max_new_tokens=options.max_new_tokens, strip_prompt=options.strip_prompt))
+
+
+def _list_presets(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from gemma2_keras import describe_preset, list_presets
+
+    table = Table("name", "parameters", "weights", "description", box=None)
+    for preset in map(describe_preset, list_presets()):
+        weights = "download, gated" if preset.needs_download else "included"
+        table.add_row(preset.name, f"{preset.parameters:,}", weights, preset.description)
+    Console(soft_wrap=True).print(table)
+
+
+def _show_preset(options: argparse.Namespace) -> None:
+    from gemma2_keras import describe_preset
+
+    preset = describe_preset(options.name)
+    source = f"hf://{preset.hugging_face}" if preset.needs_download else "included in this package"
+    lines: list[tuple[str, Any]] = [
+        ("name", preset.name),
+        ("description", preset.description),
+        ("parameters", f"{preset.parameters:,}"),
+        ("weights", source),
+        ("license", preset.license),
+        *preset.architecture.to_dict().items(),
+    ]
+    for name, value in lines:
+        print(f"{name:<28}{value}")

@@ -1,0 +1,28 @@
+"""What can go wrong, by name, so that a caller can tell the kinds apart. Imports no Keras."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CheckpointError(ValueError):
+    """A file or folder of weights cannot be read as what it says it is. Nothing was loaded."""
+
+
+class PresetError(ValueError):
+    """A preset name, handle or folder leads to no model."""
+
+
+class InputError(ValueError):
+    """Text, token ids or generation limits that the model cannot take."""
+
+
+def nearest(name: str, names: Iterable[str], most: int = 3) -> str:
+    """The entries of `names` most like `name`, as a clause for an error message.
+
+    >>> nearest("gemma2_tiny", ["gemma2_tiny_en", "gemma2_2b_en"], most=1)
+    'Did you mean gemma2_tiny_en?'
+    """
+    close = difflib.get_close_matches(name, list(names), n=most, cutoff=0.4)
+    return f"Did you mean {' or '.join(close)}?" if close else "No name is like it."

@@ -1,0 +1,1 @@
+"""Whole models without a task: token ids in, hidden states out."""

@@ -1,0 +1,199 @@
+"""The Gemma 2 decoder without its output projection."""
+
+from __future__ import annotations
+
+import keras
+import keras_hub
+
+from gemma2_keras.config import Gemma2Config
+from gemma2_keras.layers.context import SequenceContext
+from gemma2_keras.layers.decoder_block import DecoderBlock
+from gemma2_keras.layers.embedding import TokenEmbedding
+from gemma2_keras.layers.norm import RMSNorm
+from gemma2_keras.models.inputs import check_token_inputs
+
+DEFAULT_LORA_TARGETS = ("q_proj", "v_proj")
+
+
+@keras.saving.register_keras_serializable(package="gemma2_keras")
+class Gemma2Backbone(keras_hub.models.Backbone):
+    """Gemma 2 as a Keras functional model: token ids to hidden states.
+
+    Called on `{"token_ids": (B, T) int32, "padding_mask": (B, T)}`, with 1 or true at real tokens and padding anywhere,
+    it returns the (B, T, D) hidden states after the last norm, in the compute dtype.
+
+    Args:
+        vocabulary_size: rows of the embedding table.
+        num_layers: decoder blocks.
+        num_query_heads: query heads.
+        num_key_value_heads: key and value heads, a divisor of `num_query_heads`.
+        hidden_dim: width of the residual stream.
+        intermediate_dim: width of the gate and of the up projection, each (KerasHub counts both together).
+        head_dim: size of one head.
+        query_pre_attention_scalar: scores are multiplied by its power of -1/2; `None` is `head_dim`.
+        attention_logit_soft_cap: soft cap of the attention scores, or `None`.
+        final_logit_soft_cap: soft cap of the output logits, or `None`.
+        sliding_window_size: positions seen by layers 0, 2, 4, …, the current one included.
+        layer_norm_epsilon: of every norm.
+        rope_max_wavelength: base of the rotary wavelengths.
+        dropout: rate on each branch, in training.
+        context_length: longest sequence the model is made for, in tokens.
+        dtype: a Keras dtype policy or its name: `"float32"`, `"bfloat16"`, `"float16"`, `"mixed_bfloat16"`, ….
+        **kwargs: `name` and `trainable`, as `keras.Model` takes them.
+
+    Raises:
+        ValueError: if a hyperparameter is outside what is allowed.
+        InputError: when called on ids outside the vocabulary, or on a wrong dtype or shape.
+
+    Example:
+
+    >>> import numpy as np
+    >>> backbone = Gemma2Backbone(
+    ...     vocabulary_size=64, num_layers=3, num_query_heads=4, num_key_value_heads=2, hidden_dim=24,
+    ...     intermediate_dim=40, head_dim=8, sliding_window_size=4)
+    >>> backbone({"token_ids": np.array([[2, 5, 9]]), "padding_mask": np.array([[1, 1, 1]])}).shape
+    (1, 3, 24)
+
+    Source: Gemma 2 (https://arxiv.org/abs/2408.00118).
+    """
+
+    def __init__(
+        self,
+        vocabulary_size,
+        num_layers,
+        num_query_heads,
+        num_key_value_heads,
+        hidden_dim,
+        intermediate_dim,
+        head_dim,
+        query_pre_attention_scalar=None,
+        attention_logit_soft_cap=50.0,
+        final_logit_soft_cap=30.0,
+        sliding_window_size=4096,
+        layer_norm_epsilon=1e-6,
+        rope_max_wavelength=10_000.0,
+        dropout=0.0,
+        context_length=8192,
+        dtype=None,
+        **kwargs,
+    ) -> None:
+        config = Gemma2Config(
+            vocabulary_size=vocabulary_size,
+            num_layers=num_layers,
+            num_query_heads=num_query_heads,
+            num_key_value_heads=num_key_value_heads,
+            hidden_dim=hidden_dim,
+            intermediate_dim=intermediate_dim,
+            head_dim=head_dim,
+            query_pre_attention_scalar=query_pre_attention_scalar,
+            attention_logit_soft_cap=attention_logit_soft_cap,
+            final_logit_soft_cap=final_logit_soft_cap,
+            sliding_window_size=sliding_window_size,
+            layer_norm_epsilon=layer_norm_epsilon,
+            rope_max_wavelength=rope_max_wavelength,
+            dropout=dropout,
+            context_length=context_length,
+        )
+        token_embedding = TokenEmbedding(
+            config.vocabulary_size, config.hidden_dim, config.final_logit_soft_cap, dtype=dtype, name="token_embedding"
+        )
+        sequence_context = SequenceContext(
+            config.head_dim, config.rope_max_wavelength, config.sliding_window_size, dtype=dtype, name="context"
+        )
+        transformer_layers = [
+            DecoderBlock(
+                num_query_heads=config.num_query_heads,
+                num_key_value_heads=config.num_key_value_heads,
+                head_dim=config.head_dim,
+                intermediate_dim=config.intermediate_dim,
+                attention_scale=config.query_pre_attention_scalar**-0.5,
+                attention_logit_soft_cap=config.attention_logit_soft_cap,
+                local=config.is_local(index),
+                layer_norm_epsilon=config.layer_norm_epsilon,
+                dropout=config.dropout,
+                dtype=dtype,
+                name=f"decoder_block_{index}",
+            )
+            for index in range(config.num_layers)
+        ]
+        layer_norm = RMSNorm(config.layer_norm_epsilon, dtype=dtype, name="final_norm")
+
+        token_ids = keras.Input(shape=(None,), dtype="int32", name="token_ids")
+        padding_mask = keras.Input(shape=(None,), dtype="int32", name="padding_mask")
+        x = token_embedding(token_ids)
+        context = sequence_context(padding_mask)
+        for layer in transformer_layers:
+            x = layer(x, context=context)
+        super().__init__(
+            inputs={"token_ids": token_ids, "padding_mask": padding_mask},
+            outputs=layer_norm(x),
+            dtype=dtype,
+            **kwargs,
+        )
+        self.config = config
+        self.token_embedding = token_embedding
+        self.sequence_context = sequence_context
+        self.transformer_layers = transformer_layers
+        self.layer_norm = layer_norm
+
+    def __call__(self, inputs, *args, **kwargs):
+        """Check the inputs, then run the model."""
+        check_token_inputs(inputs, self.config.vocabulary_size)
+        return super().__call__(inputs, *args, **kwargs)
+
+    def default_lora_layer_names(self) -> list[str]:
+        """The projections that `enable_lora` adapts unless told otherwise."""
+        return list(DEFAULT_LORA_TARGETS)
+
+    def enable_lora(self, rank, target_layer_names=None, alpha=None) -> None:
+        """Freeze the backbone and add trainable low-rank adapters to its projections.
+
+        Args:
+            rank: width of each adapter, at least 1.
+            target_layer_names: names among `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj` and
+                `down_proj`; `None` is `q_proj` and `v_proj`.
+            alpha: adapters' outputs are multiplied by `alpha / rank`; `None` is `rank`.
+
+        Raises:
+            ValueError: if a target names no projection, `rank` or `alpha` is not above 0, or there are adapters already.
+
+        Source: LoRA (https://arxiv.org/abs/2106.09685).
+        """
+        targets = list(DEFAULT_LORA_TARGETS if target_layer_names is None else target_layer_names)
+        layers = self._flatten_layers(include_self=False)
+        linears = [layer for layer in layers if hasattr(layer, "enable_lora")]
+        known = {layer.name for layer in linears}
+        unknown = [name for name in targets if name not in known]
+        if unknown or not targets:
+            raise ValueError(f"`target_layer_names` must be among {sorted(known)}; given {targets}.")
+        chosen = [layer for layer in linears if layer.name in targets]
+        for layer in chosen[:1]:
+            # Checked on one layer before any is frozen: a refused call changes nothing.
+            layer.check_lora(rank, alpha)
+        self.trainable = True
+        for layer in layers:
+            layer.trainable = False
+        for layer in chosen:
+            layer.trainable = True
+            layer.enable_lora(rank, alpha)
+
+    def get_config(self) -> dict:
+        """Constructor arguments."""
+        return {**super().get_config(), **self.config.to_dict()}
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, *, dtype=None):
+        """Load a backbone by preset name, handle or folder.
+
+        Args:
+            preset: a name of `gemma2_keras.list_presets()`, a handle `hf://owner/name`, or a folder.
+            load_weights: `False` builds the architecture with random weights.
+            dtype: a Keras dtype policy; `None` keeps the one of the checkpoint.
+
+        Raises:
+            PresetError: if the name leads nowhere.
+            CheckpointError: if the files are not a whole Gemma 2 checkpoint.
+        """
+        from gemma2_keras.checkpoints.presets import load_backbone
+
+        return load_backbone(cls, preset, load_weights=load_weights, dtype=dtype)

@@ -1,0 +1,1 @@
+"""Models that do a job: text in, text out."""

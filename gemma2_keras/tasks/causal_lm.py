@@ -1,0 +1,375 @@
+"""Gemma 2 as a causal language model: trains on text, generates text."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+
+from gemma2_keras.checkpoints import presets as preset_files
+from gemma2_keras.errors import InputError
+from gemma2_keras.generation.sampling import sample, searches
+from gemma2_keras.models.gemma2_backbone import Gemma2Backbone
+from gemma2_keras.models.inputs import check_ids, check_token_inputs, is_traced
+from gemma2_keras.preprocessing.causal_lm_preprocessor import Gemma2CausalLMPreprocessor, is_tokenized
+from gemma2_keras.tasks.data import preprocessed
+
+# Prompts, and the room for what follows them, are rounded up to these, so that few lengths are compiled.
+_PROMPT_STEP = 32
+_ROOM_STEP = 64
+
+
+@keras.saving.register_keras_serializable(package="gemma2_keras")
+class Gemma2CausalLM(keras_hub.models.CausalLM):
+    """Gemma 2 with its output projection: `fit` on text, `generate` text, as `keras_hub.models.CausalLM`.
+
+    Called on `{"token_ids": (B, T) int32, "padding_mask": (B, T)}` it returns (B, T, V) float32 logits.
+
+    Args:
+        backbone: a `Gemma2Backbone`.
+        preprocessor: a `Gemma2CausalLMPreprocessor`; with `None`, data must be tokenized already.
+        **kwargs: `name`, `trainable` and `compile`, as KerasHub's tasks take them.
+
+    Raises:
+        InputError: when called or trained on ids outside the vocabulary, a wrong dtype or shape, or no data.
+
+    Example:
+
+    >>> model = Gemma2CausalLM.from_preset("gemma2_tiny_en")
+    >>> text = model.generate("The cat", max_new_tokens=8)
+    >>> text.startswith("The cat")
+    True
+    """
+
+    backbone_cls = Gemma2Backbone
+    preprocessor_cls = Gemma2CausalLMPreprocessor
+
+    def __init__(self, backbone, preprocessor=None, **kwargs) -> None:
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+        inputs = backbone.input
+        outputs = backbone.token_embedding(backbone(inputs), reverse=True)
+        super().__init__(inputs=inputs, outputs=outputs, **kwargs)
+
+    def __call__(self, inputs, *args, **kwargs):
+        """Check the inputs, then run the model."""
+        check_token_inputs(inputs, self.backbone.config.vocabulary_size)
+        return super().__call__(inputs, *args, **kwargs)
+
+    # Loading and saving
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, *, dtype=None, **kwargs):
+        """Load a model by preset name, handle or folder.
+
+        Args:
+            preset: a name of `gemma2_keras.list_presets()`, a handle `hf://owner/name`, or a folder: one that
+                `save_to_preset` wrote, or a checkpoint that transformers wrote.
+            load_weights: `False` builds the architecture with random weights.
+            dtype: a Keras dtype policy, such as `"bfloat16"`; `None` keeps the checkpoint's.
+            **kwargs: as the constructor takes them; `preprocessor=None` leaves the preprocessor out.
+
+        Raises:
+            PresetError: if the name leads nowhere; the message has the nearest names.
+            CheckpointError: if the files are not a whole Gemma 2 checkpoint.
+        """
+        if "preprocessor" not in kwargs and preset_files.has_tokenizer(preset):
+            kwargs["preprocessor"] = cls.preprocessor_cls.from_preset(preset)
+        backbone = cls.backbone_cls.from_preset(preset, load_weights, dtype=dtype)
+        return cls(backbone, **kwargs)
+
+    def save_to_preset(self, preset_dir: str | os.PathLike, max_shard_size: float | None = 10) -> None:
+        """Write a folder that `from_preset` and transformers load; adapters are merged into the weights.
+
+        Args:
+            preset_dir: where. An earlier saved preset there is replaced, and stays as it was if writing fails.
+            max_shard_size: most GB in one file of weights; `None` for a single file.
+
+        Raises:
+            FileExistsError: if something else than a saved preset stands there.
+        """
+        preset_files.save_preset(preset_dir, self.backbone, self.preprocessor, max_shard_size)
+
+    # Training
+
+    def compile(self, optimizer="auto", loss="auto", *, weighted_metrics="auto", sampler="greedy", **kwargs) -> None:
+        """Choose optimizer, loss, metrics and sampler.
+
+        Args:
+            optimizer: as `keras.Model.compile`; `"auto"` is Adam with a learning rate of 2e-5.
+            loss: likewise; `"auto"` is the cross-entropy of the next token.
+            weighted_metrics: likewise; `"auto"` is the share of next tokens that the model ranks first.
+            sampler: how `generate` chooses tokens: a name of a KerasHub sampler, such as `"top_k"`, or an instance.
+            **kwargs: as `keras.Model.compile` takes them.
+        """
+        super().compile(optimizer, loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
+
+    def enable_lora(self, rank, targets=None, alpha=None) -> None:
+        """Freeze the model and add trainable low-rank adapters, by default to `q_proj` and `v_proj` of every layer.
+
+        The optimizer starts anew, since it has other weights to follow.
+
+        Args:
+            rank: width of each adapter.
+            targets: names of projections; `None` is `q_proj` and `v_proj`.
+            alpha: adapters' outputs are multiplied by `alpha / rank`; `None` is `rank`.
+
+        Raises:
+            ValueError: as `Gemma2Backbone.enable_lora`.
+
+        Example:
+
+        >>> model = Gemma2CausalLM.from_preset("gemma2_tiny_en")
+        >>> model.enable_lora(rank=4)
+        >>> {v.path.split("/")[-1] for v in model.trainable_variables} == {"lora_a", "lora_b"}
+        True
+        """
+        self.backbone.enable_lora(rank, targets, alpha)
+        self.generate_function = None
+        if self.compiled and self.optimizer is not None and self.optimizer.built:
+            self.optimizer = self.optimizer.from_config(self.optimizer.get_config())
+            self.train_function = None
+
+    def preprocess_samples(self, x, y=None, sample_weight=None):
+        """Text to `(x, y, sample_weight)`; tokenized data as it is, once its ids are checked."""
+        if self.preprocessor is not None and not is_tokenized(x):
+            return self.preprocessor(x, y=y, sample_weight=sample_weight)
+        if not is_tokenized(x):
+            raise InputError(
+                'Without a preprocessor, data must be {"token_ids": …, "padding_mask": …} with labels `y`; '
+                f"given {type(x).__name__}."
+            )
+        check_token_inputs(x, self.backbone.config.vocabulary_size)
+        if y is not None and not is_traced(y):
+            check_ids(ops.convert_to_numpy(y), self.backbone.config.vocabulary_size)
+        return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+
+    def fit(self, x=None, y=None, batch_size=None, *, sample_weight=None, validation_data=None, **kwargs):
+        """Train, as `keras.Model.fit`, on text or on tokenized data.
+
+        Args:
+            x: strings, `{"prompts": …, "responses": …}`, tokenized arrays, a `tf.data.Dataset`, a
+                `keras.utils.PyDataset`, a torch `DataLoader` or another iterator of batches of them.
+            y: labels, only beside tokenized arrays.
+            batch_size: examples in a step; 32 by default.
+            sample_weight: weights, only beside tokenized arrays.
+            validation_data: of the same kinds as `x`, or `(x, y)` or `(x, y, sample_weight)`.
+            **kwargs: `epochs`, `callbacks`, `validation_split` and the like.
+
+        Returns:
+            `keras.callbacks.History`.
+        """
+        x, y, sample_weight = preprocessed(self.preprocess_samples, x, y, sample_weight)
+        if validation_data is not None:
+            parts = validation_data if isinstance(validation_data, tuple) else (validation_data,)
+            validation_data = keras.utils.pack_x_y_sample_weight(*preprocessed(self.preprocess_samples, *parts))
+        return keras.Model.fit(
+            self, x, y, batch_size, sample_weight=sample_weight, validation_data=validation_data, **kwargs
+        )
+
+    def evaluate(self, x=None, y=None, batch_size=None, *, sample_weight=None, **kwargs):
+        """Loss and metrics, as `keras.Model.evaluate`, on what `fit` takes."""
+        # Validation within `fit` comes through here with data that is prepared already.
+        if not kwargs.get("_use_cached_eval_dataset"):
+            x, y, sample_weight = preprocessed(self.preprocess_samples, x, y, sample_weight)
+        return keras.Model.evaluate(self, x, y, batch_size, sample_weight=sample_weight, **kwargs)
+
+    def predict(self, x=None, batch_size=None, **kwargs):
+        """(B, T, V) logits, as `keras.Model.predict`, of what `fit` takes."""
+        x, _, _ = preprocessed(self.preprocess_samples, x)
+        return keras.Model.predict(self, x, batch_size, **kwargs)
+
+    # Generating
+
+    def generate(self, inputs, max_length=None, stop_token_ids="auto", strip_prompt=False, *, max_new_tokens=None):
+        """Continue prompts, with the sampler chosen in `compile` (greedy by default).
+
+        Args:
+            inputs: a prompt, a list of them, `{"prompts": …}`, or an iterable of batches such as a `tf.data.Dataset`;
+                without a preprocessor, `{"token_ids": (B, L), "padding_mask": (B, L)}`, padded on the right to the
+                length to fill.
+            max_length: tokens of prompt and continuation together; by default the preprocessor's `sequence_length`,
+                or the context of the model if that is shorter. Without a preprocessor it is L.
+            stop_token_ids: ids that end a continuation; `"auto"` is `<eos>` and `<end_of_turn>`, `None` is none.
+            strip_prompt: whether to return the continuation alone.
+            max_new_tokens: tokens of the continuation, instead of `max_length`.
+
+        Returns:
+            A string for a prompt, a list of strings for a list. Without a preprocessor, a dictionary of (B, L) NumPy
+            arrays; the padding mask is true up to and including the token that ended the row.
+
+        Raises:
+            InputError: if there is no prompt, an empty one, one that leaves no room within `max_length` or the
+                context, ids outside the vocabulary, or a limit that is no whole number above 0.
+
+        Example:
+
+        >>> model = Gemma2CausalLM.from_preset("gemma2_tiny_en")
+        >>> texts = model.generate(["The sun", "Once upon a time"], max_new_tokens=4, strip_prompt=True)
+        >>> len(texts)
+        2
+        """
+        for name, value in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
+            if value is not None and (not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1):
+                raise InputError(f"`{name}` must be a whole number of at least 1; given {value!r}.")
+        if max_length is not None and max_new_tokens is not None:
+            raise InputError("Give `max_length` or `max_new_tokens`, not both.")
+        stop_ids = self._stop_ids(stop_token_ids)
+        if hasattr(inputs, "as_numpy_iterator"):
+            batches = [
+                self.generate(batch, max_length, stop_token_ids, strip_prompt, max_new_tokens=max_new_tokens)
+                for batch in inputs.as_numpy_iterator()
+            ]
+            return [text for batch in batches for text in batch]
+        if self.preprocessor is None:
+            return self._generate_arrays(inputs, stop_ids, strip_prompt, max_new_tokens)
+        rows, single = self.preprocessor.encode_prompts(inputs)
+        limits = self._limits(rows, max_length, max_new_tokens)
+        made = self._continue(rows, limits, stop_ids)
+        special = self.preprocessor.tokenizer.special_token_ids
+        texts = []
+        for row, new in zip(rows, made, strict=True):
+            kept = new if strip_prompt else row + new
+            texts.append(self.preprocessor.tokenizer.decode([i for i in kept if i not in special]))
+        return texts[0] if single else texts
+
+    def _generate_arrays(self, inputs: Any, stop_ids: Any, strip_prompt: bool, max_new_tokens: int | None) -> dict:
+        check_token_inputs(inputs, self.backbone.config.vocabulary_size)
+        token_ids = ops.convert_to_numpy(inputs["token_ids"]).astype("int32")
+        given = ops.convert_to_numpy(inputs["padding_mask"]).astype(bool)
+        length = token_ids.shape[1]
+        rows = [row[mask].tolist() for row, mask in zip(token_ids, given, strict=True)]
+        limits = self._limits(rows, length, None)
+        if max_new_tokens is not None:
+            limits = [min(limit, max_new_tokens) for limit in limits]
+        output = {"token_ids": np.zeros_like(token_ids), "padding_mask": np.zeros_like(given)}
+        for i, (row, new) in enumerate(zip(rows, self._continue(rows, limits, stop_ids), strict=True)):
+            kept = new if strip_prompt else row + new
+            output["token_ids"][i, : len(kept)] = kept
+            output["padding_mask"][i, : len(kept)] = True
+        return output
+
+    def _stop_ids(self, stop_token_ids: Any) -> tuple[int, ...] | None:
+        if stop_token_ids is None:
+            return None
+        if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
+            if self.preprocessor is None:
+                raise InputError(
+                    'Without a preprocessor, `stop_token_ids="auto"` has no meaning: give ids, or None to fill up.'
+                )
+            return self.preprocessor.tokenizer.stop_token_ids
+        ids = [stop_token_ids] if isinstance(stop_token_ids, int) else list(stop_token_ids)
+        check_ids(np.asarray(ids, "int64"), self.backbone.config.vocabulary_size)
+        return tuple(int(i) for i in ids)
+
+    def _limits(self, rows: list[list[int]], max_length: int | None, max_new_tokens: int | None) -> list[int]:
+        """How many tokens each row may get."""
+        context = self.backbone.config.context_length
+        if max_length is not None and max_length > context:
+            raise InputError(f"`max_length` is {max_length}, more than the model's context of {context} tokens.")
+        if max_length is None:
+            # Asked for a number of new tokens, only the context bounds the whole.
+            usual = context if self.preprocessor is None else self.preprocessor.sequence_length
+            max_length = min(usual, context) if max_new_tokens is None else context
+        for i, row in enumerate(rows):
+            if not row:
+                raise InputError(f"Prompt {i} has no tokens: its padding mask is all zero.")
+            if len(row) >= max_length:
+                raise InputError(
+                    f"Prompt {i} has {len(row)} tokens, which leaves no room within {max_length}. Shorten the prompt"
+                    + (", or raise `max_length`." if max_length < context else f"; the context is {context} tokens.")
+                )
+        room = [max_length - len(row) for row in rows]
+        return room if max_new_tokens is None else [min(left, max_new_tokens) for left in room]
+
+    def _continue(self, rows: list[list[int]], limits: list[int], stop_ids: Any) -> list[list[int]]:
+        """Rows of token ids to the rows that follow them, cut after the first stop id."""
+        length = _rounded_up(max(map(len, rows)), _PROMPT_STEP)
+        # A search fills all the room there is, so it is given no more than is wanted.
+        step = 1 if searches(self.sampler) else _ROOM_STEP
+        prompt_ids = np.zeros((len(rows), length), "int32")
+        padding_mask = np.zeros((len(rows), length), "int32")
+        for i, row in enumerate(rows):
+            prompt_ids[i, length - len(row) :] = row
+            padding_mask[i, length - len(row) :] = 1
+        inputs = {
+            "prompt_ids": prompt_ids,
+            "padding_mask": padding_mask,
+            "room": np.zeros((_rounded_up(max(limits), step),), "bool"),
+            "limit": np.asarray(max(limits), "int32"),
+        }
+        generate = self.make_generate_function()
+        tokens = ops.convert_to_numpy(generate(inputs, stop_token_ids=stop_ids))
+        return [_until_stop(row[:limit].tolist(), stop_ids) for row, limit in zip(tokens, limits, strict=True)]
+
+    def generate_step(self, inputs, stop_token_ids=None):
+        """One compiled call of the engine, which `generate` prepares and KerasHub's `make_generate_function` compiles.
+
+        Args:
+            inputs: `prompt_ids` (B, T) and `padding_mask` (B, T), aligned on the right; `room` (R,), whose shape alone
+                counts; `limit`, an int scalar.
+            stop_token_ids: ids that end a row, or `None`.
+
+        Returns:
+            (B, R) int32 tokens.
+        """
+        return sample(
+            self,
+            self.sampler,
+            ops.convert_to_tensor(inputs["prompt_ids"]),
+            ops.convert_to_tensor(inputs["padding_mask"]),
+            inputs["room"].shape[0],
+            ops.convert_to_tensor(inputs["limit"]),
+            stop_token_ids,
+        )
+
+    def score(
+        self, token_ids, padding_mask=None, scoring_mode="logits", layer_intercept_fn=None, target_ids=None
+    ) -> Any:
+        """Logits or losses of given tokens, with a look into every layer.
+
+        Args:
+            token_ids: (B, T) int tokens.
+            padding_mask: (B, T); all true by default.
+            scoring_mode: `"logits"`, or `"loss"` for the cross-entropy of `target_ids`.
+            layer_intercept_fn: called as `fn(x, i)` with the (B, T, D) scaled embeddings and i = -1, then with each
+                decoder block's output and i = 0, 1, …; what it returns takes the place of `x`.
+            target_ids: (B, T) int labels, for `"loss"`.
+
+        Returns:
+            (B, T, V) float32 logits, or (B, T) float32 losses.
+
+        Raises:
+            InputError: if `scoring_mode` is another, `"loss"` has no targets, or the ids are not what they should be.
+        """
+        if scoring_mode not in ("logits", "loss"):
+            raise InputError(f'`scoring_mode` must be "logits" or "loss"; given {scoring_mode!r}.')
+        if scoring_mode == "loss" and target_ids is None:
+            raise InputError('`scoring_mode="loss"` needs `target_ids`, the labels to compute the loss against.')
+        token_ids = ops.convert_to_tensor(token_ids)
+        padding_mask = ops.ones_like(token_ids) if padding_mask is None else ops.convert_to_tensor(padding_mask)
+        check_token_inputs({"token_ids": token_ids, "padding_mask": padding_mask}, self.backbone.config.vocabulary_size)
+        intercept = layer_intercept_fn or (lambda x, i: x)
+        context = self.backbone.sequence_context(padding_mask)
+        x = intercept(self.backbone.token_embedding(token_ids), -1)
+        for i, layer in enumerate(self.backbone.transformer_layers):
+            x = intercept(layer(x, context=context), i)
+        logits = self.backbone.token_embedding(self.backbone.layer_norm(x), reverse=True)
+        if scoring_mode == "logits":
+            return logits
+        return keras.losses.sparse_categorical_crossentropy(target_ids, logits, from_logits=True)
+
+
+def _rounded_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def _until_stop(row: list[int], stop_ids: tuple[int, ...] | None) -> list[int]:
+    for i, token in enumerate(row):
+        if token in (stop_ids or ()):
+            return row[: i + 1]
+    return row

@@ -1,0 +1,1 @@
+"""Presets of Gemma 2 models, as data."""
