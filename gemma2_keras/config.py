@@ -79,6 +79,12 @@ class Gemma2Config:
         return layer % 2 == 0
 
     @property
+    def attention_scale(self) -> float:
+        """Factor on the attention scores."""
+        scalar = self.query_pre_attention_scalar
+        return float(self.head_dim if scalar is None else scalar) ** -0.5
+
+    @property
     def parameter_count(self) -> int:
         """Number of weights, the tied embedding counted once."""
         query_width = self.num_query_heads * self.head_dim

@@ -54,6 +54,7 @@ def train(out: Path, seed: int, steps: int, batch_size: int, learning_rate: floa
 
     from gemma2_keras import Gemma2Backbone, Gemma2CausalLM, Gemma2CausalLMPreprocessor, Gemma2Tokenizer
     from tools.corpus import documents
+    from tools.loss_curve import StepLosses, plot_losses
     from tools.train_tokenizer import train_tokenizer
 
     keras.utils.set_random_seed(seed)
@@ -78,10 +79,8 @@ def train(out: Path, seed: int, steps: int, batch_size: int, learning_rate: floa
         0.0, steps, alpha=0.02, warmup_target=learning_rate, warmup_steps=min(100, steps // 10)
     )
     model.compile(optimizer=keras.optimizers.AdamW(schedule, weight_decay=0.05, beta_2=0.98, clipnorm=1.0))
-    losses: list[float] = []
-    log = keras.callbacks.LambdaCallback(on_train_batch_end=lambda step, logs: losses.append(float(logs["loss"])))
-    arrays = ({"token_ids": x[:, :-1], "padding_mask": np.ones_like(x[:, :-1])} for x in (rows, test))
-    x, test_x = arrays
+    log = StepLosses()
+    x, test_x = ({"token_ids": x[:, :-1], "padding_mask": np.ones_like(x[:, :-1])} for x in (rows, test))
     model.fit(x, rows[:, 1:], batch_size=batch_size, callbacks=[log], verbose=2 if os.environ.get("CI") else 1)
     test_loss, test_accuracy = model.evaluate(test_x, test[:, 1:], batch_size=batch_size, verbose=0)[:2]
     print(f"Held-out loss {test_loss:.3f}, next token right {test_accuracy:.1%}.", flush=True)
@@ -92,41 +91,18 @@ def train(out: Path, seed: int, steps: int, batch_size: int, learning_rate: floa
     weights = load_file(out / "model.safetensors")
     weights = {name: value.astype(ml_dtypes.bfloat16) for name, value in weights.items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    # Keras reports the mean since the start; the loss of each step is the difference of the sums.
-    means = np.asarray(losses)
-    count = np.arange(1, len(means) + 1)
-    each = np.diff(means * count, prepend=0.0)
     record = {"seed": seed, "steps": steps, "batch_size": batch_size, "held_out_loss": round(float(test_loss), 4)}
     record["held_out_accuracy"] = round(float(test_accuracy), 4)
     (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    plot(each, float(test_loss), out / "training_loss.png")
+    plot_losses(log.losses, out / "training_loss.png", f"Training {NAME}", float(test_loss))
     model = Gemma2CausalLM.from_preset(str(out))
     for prompt in ("Once upon a time", "The sun is", "Question: What is the capital of France?\nAnswer:", "7 + 5 ="):
-        print("---\n" + model.generate(prompt, max_new_tokens=60), flush=True)
-
-
-def plot(losses, held_out: float, path: Path) -> None:
-    """The loss of each step, smoothed, and the held-out loss, as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    window = max(1, len(losses) // 100)
-    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(np.arange(len(losses)), losses, linewidth=0.5, alpha=0.35, label="each step")
-    axes.plot(np.arange(window - 1, len(losses)), smooth, label=f"mean of {window} steps")
-    axes.axhline(held_out, linestyle="--", color="black", linewidth=1, label=f"held-out text: {held_out:.2f}")
-    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=f"Training {NAME}")
-    axes.legend()
-    figure.savefig(path, dpi=110)
+        print("---", model.generate(prompt, max_new_tokens=60), sep="\n", flush=True)
 
 
 def main() -> None:
     """Read the arguments and train."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Train the small preset from nothing.")
     parser.add_argument("--out", type=Path, default=ROOT / "presets" / NAME, help="folder of the preset")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2400)

@@ -146,9 +146,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> bytes:
             ) from error
         raise
     if vocabulary_size < smallest:
-        raise ValueError(
-            f"A vocabulary of {vocabulary_size} pieces is too small for these texts: the smallest possible is {smallest}."
-        )
+        raise ValueError(f"A vocabulary of {vocabulary_size} pieces is too small: the smallest possible is {smallest}.")
     _check_ids(serialized_model, vocabulary_size)
     return serialized_model
 
@@ -171,7 +169,7 @@ def read_texts(path: Path) -> Iterator[str]:
             except (ValueError, KeyError, TypeError):
                 text = None
             if not isinstance(text, str):
-                raise ValueError(f"{path}, line {number}: not a JSON object with a string \"text\".")
+                raise ValueError(f'{path}, line {number}: not a JSON object with a string "text".')
             yield text
 
 

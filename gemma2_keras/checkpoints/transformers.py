@@ -195,9 +195,9 @@ class SafetensorsCheckpoint:
                             f"Tensor {name!r} has dtype {piece.get_dtype()}; allowed: {', '.join(_DTYPES)}."
                         )
                     self._dtypes.add(_DTYPES[piece.get_dtype()])
-        self._tied_copy = self._file_of.pop(_TIED_OUTPUT, None)
-        if self._tied_copy is not None:
-            self._check_tied_copy(shapes.pop(_TIED_OUTPUT))
+        tied_copy = self._file_of.pop(_TIED_OUTPUT, None)
+        if tied_copy is not None:
+            self._check_tied_copy(tied_copy, shapes.pop(_TIED_OUTPUT))
         missing, extra = self._weights.keys() - shapes.keys(), shapes.keys() - self._weights.keys()
         if missing:
             raise CheckpointError(f"{folder} lacks {len(missing)} tensors: {_some(missing)}.")
@@ -209,13 +209,13 @@ class SafetensorsCheckpoint:
                     f"Tensor {name!r} has shape {shapes[name]}; the configuration asks {weight.shape}."
                 )
 
-    def _check_tied_copy(self, shape: tuple[int, ...]) -> None:
+    def _check_tied_copy(self, path: Path, shape: tuple[int, ...]) -> None:
         embedding = "model.embed_tokens.weight"
         if embedding not in self._file_of or shape != self._weights[embedding].shape:
             raise CheckpointError(
                 f"{_TIED_OUTPUT!r} is no copy of {embedding!r}; an output of its own is not implemented."
             )
-        with _opened(self._tied_copy) as file:
+        with _opened(path) as file:
             copy = file.get_tensor(_TIED_OUTPUT)
         if not np.array_equal(copy, self.read(embedding)):
             raise CheckpointError(f"{_TIED_OUTPUT!r} differs from {embedding!r}; an untied output is not implemented.")

@@ -106,7 +106,7 @@ class Gemma2Backbone(keras_hub.models.Backbone):
                 num_key_value_heads=config.num_key_value_heads,
                 head_dim=config.head_dim,
                 intermediate_dim=config.intermediate_dim,
-                attention_scale=config.query_pre_attention_scalar**-0.5,
+                attention_scale=config.attention_scale,
                 attention_logit_soft_cap=config.attention_logit_soft_cap,
                 local=config.is_local(index),
                 layer_norm_epsilon=config.layer_norm_epsilon,
@@ -155,7 +155,7 @@ class Gemma2Backbone(keras_hub.models.Backbone):
             alpha: adapters' outputs are multiplied by `alpha / rank`; `None` is `rank`.
 
         Raises:
-            ValueError: if a target names no projection, `rank` or `alpha` is not above 0, or there are adapters already.
+            ValueError: if a target names no projection, `rank` or `alpha` is not above 0, or adapters are there.
 
         Source: LoRA (https://arxiv.org/abs/2106.09685).
         """

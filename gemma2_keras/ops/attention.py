@@ -38,6 +38,7 @@ def attention(query, key, value, mask, scale, cap):
     grouped = ops.reshape(query, (-1, length, key_heads, heads // key_heads, size))
     scores = ops.cast(ops.einsum("btkgh,bskh->bkgts", grouped, key), "float32") * scale
     scores = ops.where(mask[:, None, None], soft_cap(scores, cap), MASKED)
-    weights = ops.cast(ops.softmax(scores, axis=-1), query.dtype)
+    # Keras takes a softmax over a single key, which is 1, for a mistake and warns of it.
+    weights = ops.cast(ops.softmax(scores, axis=-1) if key.shape[1] != 1 else ops.ones_like(scores), query.dtype)
     mixed = ops.einsum("bkgts,bskh->btkgh", weights, value)
     return ops.reshape(mixed, (-1, length, heads, size))

@@ -80,7 +80,7 @@ class Gemma2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
         if y is not None or sample_weight is not None:
             raise InputError("`y` and `sample_weight` are made from the text: give `x` alone, or tokenized data.")
-        length = sequence_length or self.sequence_length
+        length = self._length(sequence_length)
         leaves = keras.tree.flatten(x)
         if any(is_graph_tensor(leaf) for leaf in leaves):
             return self._call_in_graph(x, length)
@@ -102,14 +102,11 @@ class Gemma2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     def _call_in_graph(self, x: Any, length: int):
         tensorflow = sys.modules["tensorflow"]
-        names = sorted(x) if isinstance(x, dict) else None
-        leaves = [x[name] for name in names] if names else [x]
+        leaves = keras.tree.flatten(x)
 
         def run(*values):
-            values = [to_python(value) for value in values]
-            inputs, y, weight = self._call_eagerly(
-                dict(zip(names, values, strict=True)) if names else values[0], length
-            )
+            texts = keras.tree.pack_sequence_as(x, [to_python(value) for value in values])
+            inputs, y, weight = self._call_eagerly(texts, length)
             return inputs["token_ids"], inputs["padding_mask"], y, weight
 
         dtypes = (tensorflow.int32, tensorflow.bool, tensorflow.int32, tensorflow.float32)
@@ -133,7 +130,7 @@ class Gemma2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         Raises:
             InputError: if a prompt is empty or has more than `sequence_length` tokens.
         """
-        length = sequence_length or self.sequence_length
+        length = self._length(sequence_length)
         rows, single = self.encode_prompts(x)
         for i, row in enumerate(rows):
             if len(row) > length:
@@ -186,13 +183,26 @@ class Gemma2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         if set(x) != {"prompts", "responses"}:
             raise InputError(f'A dictionary of texts needs the keys "prompts" and "responses"; given {sorted(x)}.')
         prompts, single = _texts(x["prompts"], "prompts")
-        responses, _ = _texts(x["responses"], "responses")
+        responses, one_response = _texts(x["responses"], "responses")
+        if single != one_response:
+            raise InputError("`prompts` and `responses` must both be a string, or both be lists.")
         if len(prompts) != len(responses):
             raise InputError(f"`prompts` and `responses` must be as many; given {len(prompts)} and {len(responses)}.")
         heads = [self._start() + ids for ids in self.tokenizer.encode(prompts)]
         tails = self.tokenizer.encode(responses)
         rows = [head + tail for head, tail in zip(heads, tails, strict=True)]
         return rows, [len(head) for head in heads], single
+
+    def _length(self, sequence_length: int | None) -> int:
+        if sequence_length is None:
+            return self.sequence_length
+        if (
+            not isinstance(sequence_length, int | np.integer)
+            or isinstance(sequence_length, bool)
+            or sequence_length < 1
+        ):
+            raise InputError(f"`sequence_length` must be a whole number of at least 1; given {sequence_length!r}.")
+        return int(sequence_length)
 
     def _start(self) -> list[int]:
         return [self.tokenizer.start_token_id] if self.add_start_token else []

@@ -31,8 +31,11 @@ def to_python(x: Any) -> Any:
     if hasattr(x, "to_list"):
         # A ragged tensor, or a column of a data frame.
         return to_python(x.to_list())
-    if hasattr(x, "numpy") or ops.is_tensor(x):
-        return to_python(x.numpy() if hasattr(x, "numpy") else ops.convert_to_numpy(x))
+    if ops.is_tensor(x):
+        # Also from a GPU, and out of a graph of gradients.
+        return to_python(ops.convert_to_numpy(x))
+    if hasattr(x, "numpy"):
+        return to_python(x.numpy())
     return x
 
 

@@ -183,9 +183,13 @@ class Gemma2Tokenizer(keras_hub.tokenizers.Tokenizer):
         """
         self._require_vocabulary()
         inputs = to_python(inputs)
-        if isinstance(inputs, int | float | np.number):
+        if isinstance(inputs, int | float):
             inputs = [inputs]
-        if any(isinstance(x, list | tuple | np.ndarray) for x in inputs):
+        if not isinstance(inputs, list):
+            raise InputError(
+                f"Token ids are whole numbers in a list or an array; given {type(inputs).__name__}: {inputs!r}."
+            )
+        if any(isinstance(x, list) for x in inputs):
             return [self.decode(x) for x in inputs]
         return b"".join(self.token_bytes(i) for i in inputs).decode(errors="replace")
 

@@ -54,6 +54,7 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
         inputs = backbone.input
         outputs = backbone.token_embedding(backbone(inputs), reverse=True)
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
+        self._weights_compiled = 0
 
     def __call__(self, inputs, *args, **kwargs):
         """Check the inputs, then run the model."""
@@ -129,7 +130,6 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
         True
         """
         self.backbone.enable_lora(rank, targets, alpha)
-        self.generate_function = None
         if self.compiled and self.optimizer is not None and self.optimizer.built:
             self.optimizer = self.optimizer.from_config(self.optimizer.get_config())
             self.train_function = None
@@ -271,19 +271,19 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
         context = self.backbone.config.context_length
         if max_length is not None and max_length > context:
             raise InputError(f"`max_length` is {max_length}, more than the model's context of {context} tokens.")
-        if max_length is None:
+        longest = context if max_length is None else max_length
+        if max_length is None and max_new_tokens is None and self.preprocessor is not None:
             # Asked for a number of new tokens, only the context bounds the whole.
-            usual = context if self.preprocessor is None else self.preprocessor.sequence_length
-            max_length = min(usual, context) if max_new_tokens is None else context
+            longest = min(int(self.preprocessor.sequence_length), context)
         for i, row in enumerate(rows):
             if not row:
                 raise InputError(f"Prompt {i} has no tokens: its padding mask is all zero.")
-            if len(row) >= max_length:
+            if len(row) >= longest:
                 raise InputError(
-                    f"Prompt {i} has {len(row)} tokens, which leaves no room within {max_length}. Shorten the prompt"
-                    + (", or raise `max_length`." if max_length < context else f"; the context is {context} tokens.")
+                    f"Prompt {i} has {len(row)} tokens, which leaves no room within {longest}. Shorten the prompt"
+                    + (", or raise `max_length`." if longest < context else f"; the context is {context} tokens.")
                 )
-        room = [max_length - len(row) for row in rows]
+        room = [longest - len(row) for row in rows]
         return room if max_new_tokens is None else [min(left, max_new_tokens) for left in room]
 
     def _continue(self, rows: list[list[int]], limits: list[int], stop_ids: Any) -> list[list[int]]:
@@ -305,6 +305,14 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
         generate = self.make_generate_function()
         tokens = ops.convert_to_numpy(generate(inputs, stop_token_ids=stop_ids))
         return [_until_stop(row[:limit].tolist(), stop_ids) for row, limit in zip(tokens, limits, strict=True)]
+
+    def make_generate_function(self):
+        """The compiled `generate_step`, compiled anew once the backbone has other weights, as after `enable_lora`."""
+        weights = len(self.backbone.variables)
+        if weights != self._weights_compiled:
+            self.generate_function = None
+        self._weights_compiled = weights
+        return super().make_generate_function()
 
     def generate_step(self, inputs, stop_token_ids=None):
         """One compiled call of the engine, which `generate` prepares and KerasHub's `make_generate_function` compiles.

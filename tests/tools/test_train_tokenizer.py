@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import sentencepiece
 
+from tools import train_tokenizer as tool
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "tools" / "train_tokenizer.py"
-
-
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_train_tokenizer_under_test", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = _load()
 
 TEXTS = [
     "The cat sat on the mat.\n\nThe dog sat on the log, and 123 birds sang in the tall trees.",

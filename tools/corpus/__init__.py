@@ -17,7 +17,7 @@ from tools.corpus.document import Document
 from tools.corpus.facts import paragraph, quiz
 from tools.corpus.snippets import snippet
 from tools.corpus.stories import comprehension, story, summary
-from tools.corpus.sums import sums
+from tools.corpus.sums import arithmetic
 
 __all__ = ["KINDS", "Document", "documents", "style_sample"]
 
@@ -30,7 +30,7 @@ _MAKERS: dict[str, tuple[int, Callable[[random.Random], str]]] = {
     "story": (45, story),
     "fact": (12, paragraph),
     "question": (15, _question),
-    "sum": (7, sums),
+    "sum": (7, arithmetic),
     "code": (6, snippet),
     "dialogue": (8, dialogue),
     "summary": (7, summary),

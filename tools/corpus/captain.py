@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 
 from tools.corpus import facts
-from tools.corpus.stories import DATA
+from tools.corpus.people import DATA
 from tools.corpus.text import expand, word_count
 
 FEWEST_WORDS, MOST_WORDS = 8, 25

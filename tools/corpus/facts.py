@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field
 from functools import cache
 
-from tools.corpus.stories import DATA
+from tools.corpus.people import DATA
 from tools.corpus.text import capitalize, expand, join, template_slots, title_case, word_count
 
 # A paragraph of fewer words is followed by one about another subject.
@@ -14,7 +14,7 @@ SHORTEST = 45
 # The slots that name what a row is about, in the order in which they are looked for.
 _SUBJECTS = ("plural", "the", "name", "whole")
 _GROUP_FRAMES = {
-    "animal": ("{^members} are {key}.", "{^members} all belong to the {key}."),
+    "animal": ("{^members} are {key}.", "{^members} are all {key}."),
     "country": ("{^members} are countries in {key}.", "In {key} there are countries such as {members}."),
 }
 # Of these one reads several in a row, as one paragraph.

@@ -4,53 +4,25 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
-GIRLS = (
-    "Mia Anna Lucy Emma Rosa Clara Nora Ella Ruby Alice Grace Maya Leila Sofia Ivy Hanna Zoe Amira Lena Tara Julia "
-    "Eva Molly Daisy Olga Priya Yuki Carmen Nina Beth Fatima Ines Marta Freya Kate Lily Poppy Sara Elsa Wendy Mei "
-    "Aisha Dora Flora Greta Heidi Iris Jane Kira Luna Paula Rita Sally Tess Violet Willa Amy Helen Sunita Nadia"
-).split()
-BOYS = (
-    "Tom Ben Sam Leo Max Jack Omar Finn Noah Adam Theo Hugo Luca Ravi Oscar Paul Peter Nico Ali Daniel Eric Felix "
-    "George Henry Ivan Jonas Karl Liam Marco Ned Otto Pablo Rory Simon Toby Victor Will Yusuf Alex Arjun Bruno Carlos "
-    "David Emil Frank Hassan Isaac Jamal Kenji Lewis Martin Nils Owen Philip Robin Stefan Tim Walter Zack Kofi"
-).split()
-ANIMAL_NAMES = (
-    "Pip Hazel Bramble Clover Pepper Nutmeg Willow Button Acorn Fern Thistle Moss Biscuit Juniper Pebble Rusty Dusty "
-    "Sorrel Maple Ginger Bracken Tansy Teasel Rowan Berry Barley Conker Cricket Dapple Ember Fidget Muffin Oats Patch "
-    "Quill Ripple Sandy Tumble Twig Whisper"
-).split()
-SPECIES = "rabbit fox hedgehog mouse squirrel badger otter raccoon mole beaver".split()
-CHILD_HOMES = (
-    "in a small village by the sea",
-    "in a tall house at the end of a quiet lane",
-    "on a farm near the green hills",
-    "in a little town beside a wide river",
-    "in a busy city full of bright lights",
-    "in a stone cottage at the edge of the forest",
-    "in a flat above a bakery",
-    "on an island with a white lighthouse",
-    "in a valley between two mountains",
-    "near an old windmill",
-    "in a narrow street behind the market",
-    "in a wooden house beside a lake",
-    "next door to the village school",
-    "in a yellow house on top of a hill",
-)
-ANIMAL_HOMES = (
-    "under the roots of an old oak tree",
-    "beside a clear stream",
-    "at the edge of a sunny meadow",
-    "in the middle of a deep green forest",
-    "behind a mossy stone wall",
-    "near a quiet pond",
-    "in a cosy den on a hillside",
-    "among the tall ferns",
-    "beneath a blackberry bush",
-    "at the bottom of a wild garden",
-)
-CHILD_TRAITS = "kind curious quiet cheerful clever brave shy thoughtful patient lively gentle hopeful busy careful".split()
-ANIMAL_TRAITS = "small young curious gentle lively shy clever cheerful brave busy friendly hungry".split()
+DATA = Path(__file__).parent / "data"
+
+
+def _load() -> dict[str, list[str]]:
+    lists: dict[str, list[str]] = {}
+    for line in (DATA / "lists.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            name, _, words = line.partition(": ")
+            lists[name] = words.split(" | ") if " | " in words else words.split()
+    return lists
+
+
+LISTS = _load()
+"""The lists of `data/lists.txt`."""
+GIRLS, BOYS, ANIMAL_NAMES, SPECIES = (LISTS[name] for name in ("girls", "boys", "animal_names", "species"))
+CHILD_HOMES, CHILD_TRAITS = LISTS["child_homes"], LISTS["child_traits"]
+ANIMAL_HOMES, ANIMAL_TRAITS = LISTS["animal_homes"], LISTS["animal_traits"]
 GIRL_RELATIVES = ("grandmother", "mother", "aunt", "big sister")
 BOY_RELATIVES = ("grandfather", "father", "uncle", "big brother")
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 
 from tools.corpus import people
+from tools.corpus.people import DATA
 from tools.corpus.text import Slots, expand, sample_text, title_case, word_count
 
-DATA = Path(__file__).parent / "data"
 SHORTEST, LONGEST = 60, 160
 _CASTS = {"child": people.child_slots, "animal": people.animal_slots, "adult": people.adult_slots}
 _PALS = {"child": "{his} friend {friend}", "animal": "{friend} the {fkind}", "adult": "a {fkind} called {friend}"}
@@ -117,9 +116,7 @@ def cast(rng: random.Random, plot: Plot) -> dict[str, str]:
 def tell(rng: random.Random, plot: Plot, slots: Slots) -> list[str]:
     """Returns the beats of one telling of a plot."""
     return [
-        sample_text(rng, beat.alternatives, slots)
-        for beat in plot.beats
-        if not (beat.optional and rng.random() < 0.5)
+        sample_text(rng, beat.alternatives, slots) for beat in plot.beats if not (beat.optional and rng.random() < 0.5)
     ]
 
 
@@ -129,7 +126,9 @@ def _finish(rng: random.Random, plot: Plot, slots: Slots, text: str) -> Story:
         title=title_case(sample_text(rng, plot.titles, slots)),
         text=text,
         summary=sample_text(rng, plot.summaries, slots),
-        questions=tuple((expand(question, rng, slots), expand(answer, rng, slots)) for question, answer in plot.questions),
+        questions=tuple(
+            (expand(question, rng, slots), expand(answer, rng, slots)) for question, answer in plot.questions
+        ),
     )
 
 

@@ -9,10 +9,7 @@ from tools.corpus import people
 from tools.corpus.text import expand, number_word
 
 _SIGNS = {"+": "plus", "-": "minus", "*": "times"}
-_THINGS = (
-    "apple pear stamp coin marble sticker pencil book card shell button biscuit nut plum balloon ticket star sweet "
-    "postcard stone flower carrot egg cake bead"
-).split()
+_THINGS = people.LISTS["things"]
 _CONTAINERS = {
     "box": "boxes",
     "bag": "bags",
@@ -52,9 +49,7 @@ def _spoken(rng: random.Random) -> str:
         total = result(first, sign, second)
         question = rng.choice(("What is {0} {1} {2}?", "How much is {0} {1} {2}?")).format(first, _SIGNS[sign], second)
         answer = rng.choice(("{0} {3} {2} = {4}.", "{0} {1} {2} is {4}.", "The answer is {4}."))
-        asked.append(
-            f"Question: {question}\nAnswer: {answer.format(first, _SIGNS[sign], second, sign, total)}"
-        )
+        asked.append(f"Question: {question}\nAnswer: {answer.format(first, _SIGNS[sign], second, sign, total)}")
     return "\n\n".join(asked)
 
 
@@ -121,18 +116,20 @@ def _word_problem(rng: random.Random) -> str:
         first, second = rng.randint(2, 10), rng.randint(2, 10)
         slots |= {"a": number_word(first) if words else str(first), "container": container, "containers": containers}
         slots |= {"b": _count(second, thing, words), "total": _count(first * second, thing)}
+        slots["inside"] = "on" if container in ("plate", "shelf") else "in"
         problem = (
-            "{name} has {a} {containers}. There are {b} [in|on] each {container}. How many {things} [are there|does {name} "
-            "have] [altogether|in all]?"
-        ).replace("[in|on]", "on" if container in ("plate", "shelf") else "in")
+            "{name} has {a} {containers}. There are {b} {inside} each {container}. "
+            "How many {things} [are there|does {name} have] [altogether|in all]?"
+        )
         answer = f"{first} * {second} = {first * second}. There are {{total}} [altogether|in all]."
     elif sort == "more":
         slots |= {"a": _count(first, thing, words), "b": number_word(second) if words else str(second)}
         slots["total"] = _count(first + second, thing)
         problem = (
-            "[{name} has {a}. {friend} gives {him} {b} more.|{name} finds {a} in the morning and {b} more in the evening.|"
-            "There are {a} on the table. {name} puts {b} more beside them.] How many {things} [are there now|are there "
-            "altogether]?"
+            "[{name} has {a}. {friend} gives {him} {b} more.|"
+            "{name} finds {a} in the morning and {b} more in the evening.|"
+            "There are {a} on the table. {name} puts {b} more beside them.] "
+            "How many {things} [are there now|are there altogether]?"
         )
         answer = f"{first} + {second} = {first + second}. [There are {{total}}|That makes {{total}}]."
     elif sort == "difference":
@@ -147,7 +144,8 @@ def _word_problem(rng: random.Random) -> str:
         slots["total"] = _count(first - second, thing)
         slots["are"] = "is" if first - second == 1 else "are"
         problem = (
-            "[{name} has {a} and gives {b} of them to {friend}.|There are {a} in the box. {name} takes {b} of them away.|"
+            "[{name} has {a} and gives {b} of them to {friend}.|"
+            "There are {a} in the box. {name} takes {b} of them away.|"
             "{name} buys {a}, but {he} loses {b} on the way home.] How many {things} are left?"
         )
         answer = f"{first} - {second} = {first - second}. There {{are}} {{total}} left."
@@ -171,6 +169,6 @@ _MAKERS: tuple[tuple[int, Callable[[random.Random], str]], ...] = (
 )
 
 
-def sums(rng: random.Random) -> str:
+def arithmetic(rng: random.Random) -> str:
     """Returns a text of sums."""
     return rng.choices([make for _, make in _MAKERS], [weight for weight, _ in _MAKERS])[0](rng)

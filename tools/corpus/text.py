@@ -24,11 +24,29 @@ _ARTICLE = re.compile(r"\b([Aa])\(n\)(?=\s+[\"']?([\w-]+))")
 # Words whose first letter and first sound are not of the same sort.
 _AN_WORDS = re.compile(r"hour|honest|honou?r|heir|uni[mn]|[aeio]|u|8|11$|18$")
 _A_WORDS = re.compile(r"(?:one|u)$|one-|once|us[eu]|uni(?![mn])|eu")
-_NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_NUMBERS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 
 def article(word: str) -> str:
@@ -140,15 +158,13 @@ def sample_text(rng: random.Random, templates: Sequence[str], slots: Slots) -> s
     return expand(rng.choice(templates), rng, slots)
 
 
-_SMALL_WORDS = frozenset("a an and at by for from in of on or the to with".split())
+_SMALL_WORDS = frozenset(["a", "an", "and", "at", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with"])
 
 
 def title_case(text: str) -> str:
     """Returns `text` with the capital letters of a title."""
     words = text.split(" ")
-    return " ".join(
-        word if index and word in _SMALL_WORDS else capitalize(word) for index, word in enumerate(words)
-    )
+    return " ".join(word if index and word in _SMALL_WORDS else capitalize(word) for index, word in enumerate(words))
 
 
 def word_count(text: str) -> int:

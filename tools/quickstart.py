@@ -1,0 +1,141 @@
+"""The main job from end to end: load a preset, generate, fine-tune with LoRA, generate again, save, reload.
+
+Run it by `bash tools/quickstart`, which makes the environment first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+PRESET = "gemma2_tiny_en"
+SAMPLE = ROOT / "notebooks" / "data" / "pirate.jsonl"
+OUTPUT = ROOT / "quickstart-output"
+RANK = 8
+LEARNING_RATE = 5e-3
+BATCH_SIZE = 8
+# Small data is gone through until about so many steps are made.
+STEPS = 150
+SHOWN = 3
+
+
+class Example(NamedTuple):
+    """One text to learn from: the response, given the prompt; plain text has an empty prompt."""
+
+    prompt: str
+    response: str
+
+
+def read_examples(path: Path) -> list[Example]:
+    """The examples of a file: paragraphs of plain text, or JSON lines with "text", or with "prompt" and "response".
+
+    Raises:
+        ValueError: says what is wrong with the file, and in which line.
+        OSError: if it cannot be read.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start}.") from error
+    if path.suffix not in (".jsonl", ".json"):
+        examples = [Example("", part.strip()) for part in content.split("\n\n") if part.strip()]
+    else:
+        lines = enumerate(content.splitlines(), start=1)
+        examples = [_parsed(path, number, line) for number, line in lines if line.strip()]
+    if len(examples) <= SHOWN:
+        raise ValueError(f"{path} has {len(examples)} examples; at least {SHOWN + 1} are needed.")
+    return examples
+
+
+def _parsed(path: Path, number: int, line: str) -> Example:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number}: no JSON ({error}).") from error
+    texts = {key: value for key, value in entry.items() if isinstance(value, str)} if isinstance(entry, dict) else {}
+    if texts.get("text"):
+        return Example("", texts["text"])
+    if not (texts.get("prompt") and texts.get("response")):
+        raise ValueError(
+            f'{path}, line {number}: needs "text", or "prompt" and "response", as texts that are not empty.'
+        )
+    return Example(texts["prompt"], texts["response"])
+
+
+def run(data: Path) -> None:
+    """Do the job on one file of examples."""
+    examples = read_examples(data)
+    start = time.perf_counter()
+    import keras
+
+    from gemma2_keras import Gemma2CausalLM
+    from tools.loss_curve import StepLosses, plot_losses
+
+    keras.utils.set_random_seed(0)
+    model = Gemma2CausalLM.from_preset(PRESET)
+    print(f"Loaded {PRESET} ({model.count_params():,} parameters) on {keras.backend.backend()}.")
+    print(f"\n{model.generate('Once upon a time', max_new_tokens=80)}\n")
+    print(f"First text after {time.perf_counter() - start:.1f} s.\n")
+
+    # The last examples are kept back, to ask the model what it was not shown.
+    examples, asked = examples[:-SHOWN], examples[-SHOWN:]
+    prompts = [example.prompt or " ".join(example.response.split()[:4]) for example in asked]
+    before = model.generate(prompts, max_new_tokens=48, strip_prompt=True)
+
+    if any(example.prompt for example in examples):
+        texts = {"prompts": [e.prompt for e in examples], "responses": [e.response for e in examples]}
+    else:
+        texts = [example.response for example in examples]
+    model.enable_lora(rank=RANK)
+    trained = sum(int(keras.ops.size(weight)) for weight in model.trainable_weights)
+    print(f"Fine-tuning {trained:,} adapter weights on {len(examples)} examples of {data.name}:")
+    log = StepLosses()
+    model.compile(optimizer=keras.optimizers.Adam(LEARNING_RATE))
+    epochs = max(1, round(STEPS / -(-len(examples) // BATCH_SIZE)))
+    model.fit(texts, batch_size=BATCH_SIZE, epochs=epochs, callbacks=[log], verbose=1)
+    after = model.generate(prompts, max_new_tokens=48, strip_prompt=True)
+    for prompt, old, new in zip(prompts, before, after, strict=True):
+        print(f"\n{prompt}\n  before: {_first_line(old)}\n  after:  {_first_line(new)}")
+
+    OUTPUT.mkdir(exist_ok=True)
+    plot_losses(log.losses, OUTPUT / "loss.png", f"LoRA fine-tuning of {PRESET} on {data.name}")
+    model.save_to_preset(OUTPUT / "model")
+    reloaded = Gemma2CausalLM.from_preset(OUTPUT / "model")
+    again = reloaded.generate(prompts, max_new_tokens=48, strip_prompt=True)
+    if again != after:
+        raise ValueError("The model that was saved does not write what the model in memory writes.")
+    print(f"\nLoss {log.losses[0]:.2f} -> {log.losses[-1]:.2f}, drawn in {OUTPUT / 'loss.png'}")
+    print(f"Saved as a preset, reloaded, and the same texts came out: {OUTPUT / 'model'}")
+    print(f"All in {time.perf_counter() - start:.1f} s.")
+
+
+def _first_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[0]
+
+
+def main() -> int:
+    """Read the arguments and do the job; what goes wrong with the data is one line."""
+    parser = argparse.ArgumentParser(prog="bash tools/quickstart", description="Generate, fine-tune, generate, save.")
+    parser.add_argument(
+        "--data", type=Path, default=SAMPLE, metavar="FILE", help="text, or JSON lines (default: a sample)"
+    )
+    parser.add_argument("--backend", choices=("jax", "torch", "tensorflow"), required=True)
+    options = parser.parse_args()
+    os.environ["KERAS_BACKEND"] = options.backend
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        run(options.data)
+    except (ValueError, OSError) as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
