@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -27,25 +28,33 @@ def read_json(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         if size > LARGEST_JSON:
             raise CheckpointError(f"{path} has {size} bytes, too many for a {path.name}.")
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(
+            text, object_pairs_hook=_no_key_twice, parse_constant=_finite_number, parse_float=_finite_number
+        )
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.parent} has no {path.name}.") from error
-    except (OSError, UnicodeDecodeError, RecursionError, json.JSONDecodeError, _DuplicateKeyError) as error:
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__} where a JSON object belongs.")
     return value
 
 
-class _DuplicateKeyError(Exception):
-    """A JSON object has a key twice."""
-
-
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise _DuplicateKeyError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return value
+
+
+def _finite_number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
     return value
 
 

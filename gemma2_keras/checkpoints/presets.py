@@ -25,7 +25,10 @@ from gemma2_keras.layers.initialization import awaiting_weights
 
 OWN_FILE = "gemma2_keras.json"
 FORMAT = 1
-_PREPROCESSOR_KEYS = {"sequence_length", "add_start_token", "add_end_token"}
+_OWN_TYPES = {
+    "tokenizer": {"parse_special": bool},
+    "preprocessor": {"sequence_length": int, "add_start_token": bool, "add_end_token": bool},
+}
 
 
 def load_backbone(cls: type, preset: Any, *, load_weights: bool = True, dtype: Any = None) -> Any:
@@ -44,8 +47,11 @@ def load_backbone(cls: type, preset: Any, *, load_weights: bool = True, dtype: A
     return backbone
 
 
-def _stored_dtype(settings: dict[str, Any]) -> Any:
-    return settings.get("dtype", settings.get("torch_dtype"))
+def _stored_dtype(settings: dict[str, Any]) -> str | None:
+    dtype = settings.get("dtype", settings.get("torch_dtype"))
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise CheckpointError(f"`dtype` is {dtype!r}; allowed: float32, bfloat16, float16.")
+    return dtype
 
 
 def load_tokenizer(cls: type, preset: Any, **kwargs: Any) -> Any:
@@ -85,7 +91,7 @@ def save_preset(folder: str | os.PathLike, backbone: Any, preprocessor: Any = No
         FileExistsError: if something else than a saved preset stands at `folder`.
         ValueError: if `max_shard_size` is not above 0.
     """
-    if max_shard_size is not None and not max_shard_size > 0:
+    if max_shard_size is not None and not (isinstance(max_shard_size, int | float) and max_shard_size > 0):
         raise ValueError(f"`max_shard_size` must be above 0 GB, or None; given {max_shard_size!r}.")
     own: dict[str, Any] = {"format": FORMAT, "dropout": backbone.config.dropout}
     with replacing_folder(folder, OWN_FILE) as beside:
@@ -95,7 +101,7 @@ def save_preset(folder: str | os.PathLike, backbone: Any, preprocessor: Any = No
             tokenizer = preprocessor.tokenizer
             (beside / TOKENIZER_FILE).write_bytes(tokenizer.proto)
             own["tokenizer"] = {"parse_special": tokenizer.parse_special}
-            own["preprocessor"] = {key: getattr(preprocessor, key) for key in sorted(_PREPROCESSOR_KEYS)}
+            own["preprocessor"] = {key: getattr(preprocessor, key) for key in sorted(_OWN_TYPES["preprocessor"])}
             generation["eos_token_id"] = list(tokenizer.stop_token_ids)
         write_json(beside / GENERATION_CONFIG_FILE, generation)
         write_json(beside / OWN_FILE, own)
@@ -111,14 +117,19 @@ def _own_settings(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format {own.get('format')!r}; this version reads {FORMAT}. Install a newer gemma2-keras."
         )
-    allowed = {"tokenizer": {"parse_special"}, "preprocessor": _PREPROCESSOR_KEYS}
-    for part, keys in allowed.items():
+    for part, types in _OWN_TYPES.items():
         value = own.get(part, {})
-        if not isinstance(value, dict) or not set(value) <= keys:
+        if not isinstance(value, dict) or not set(value) <= set(types):
             raise CheckpointError(
-                f"`{part}` in {path} must be an object with keys among {sorted(keys)}; it is {value!r}."
+                f"`{part}` in {path} must be an object with keys among {sorted(types)}; it is {value!r}."
             )
-    unknown = set(own) - {"format", "dropout", *allowed}
+        for key, setting in value.items():
+            if type(setting) is not types[key]:
+                raise CheckpointError(f"`{key}` in {path} must be of type {types[key].__name__}; it is {setting!r}.")
+    dropout = own.get("dropout", 0.0)
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise CheckpointError(f"`dropout` in {path} must be at least 0 and below 1; it is {dropout!r}.")
+    unknown = set(own) - {"format", "dropout", *_OWN_TYPES}
     if unknown:
         raise CheckpointError(f"{path} has unknown keys: {sorted(unknown)}.")
     return own

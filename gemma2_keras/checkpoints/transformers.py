@@ -111,7 +111,11 @@ def parse_config(config: dict[str, Any]) -> Gemma2Config:
         parsed = Gemma2Config(**hyperparameters, rope_max_wavelength=_rope_base(config))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"The configuration describes no Gemma 2 model: {error}") from error
-    if "layer_types" in config and config["layer_types"] != layer_types(parsed):
+    kinds = config.get("layer_types", ())
+    # The length first: a list of as many layers as a broken file claims may not fit into memory.
+    if "layer_types" in config and (
+        not isinstance(kinds, list) or len(kinds) != parsed.num_layers or kinds != layer_types(parsed)
+    ):
         raise CheckpointError(
             "`layer_types` must alternate, beginning with sliding_attention; another order is not implemented."
         )
@@ -173,7 +177,6 @@ class SafetensorsCheckpoint:
     """
 
     def __init__(self, folder: Path, config: Gemma2Config) -> None:
-        self._weights = weight_map(config)
         self._file_of: dict[str, Path] = {}
         self._dtypes: set[str] = set()
         shapes = {}
@@ -195,6 +198,11 @@ class SafetensorsCheckpoint:
                             f"Tensor {name!r} has dtype {piece.get_dtype()}; allowed: {', '.join(_DTYPES)}."
                         )
                     self._dtypes.add(_DTYPES[piece.get_dtype()])
+        if config.num_layers > len(shapes):
+            raise CheckpointError(
+                f"{folder} has {len(shapes)} tensors, too few for the {config.num_layers} layers of the configuration."
+            )
+        self._weights = weight_map(config)
         tied_copy = self._file_of.pop(_TIED_OUTPUT, None)
         if tied_copy is not None:
             self._check_tied_copy(tied_copy, shapes.pop(_TIED_OUTPUT))

@@ -24,7 +24,7 @@ class TokenEmbedding(keras.layers.Layer):
     >>> import numpy as np
     >>> layer = TokenEmbedding(11, 4)
     >>> x = layer(np.array([[1, 2, 3]]))
-    >>> x.shape, layer(x, reverse=True).shape
+    >>> tuple(x.shape), tuple(layer(x, reverse=True).shape)
     ((1, 3, 4), (1, 3, 11))
     """
 
@@ -38,14 +38,19 @@ class TokenEmbedding(keras.layers.Layer):
 
     def build(self, input_shape) -> None:
         """Make the (V, D) table."""
+        # Under a mixed policy rows are cast once they are looked up, not the whole table before.
         self.embeddings = self.add_weight(
-            name="embeddings", shape=(self.vocabulary_size, self.hidden_dim), initializer=weight_initializer()
+            name="embeddings",
+            shape=(self.vocabulary_size, self.hidden_dim),
+            initializer=weight_initializer(),
+            autocast=False,
         )
 
     def call(self, inputs, reverse: bool = False):
         """(B, T) ids -> (B, T, D) vectors; with `reverse`, (…, D) vectors -> (…, V) float32 logits."""
         if reverse:
-            logits = ops.matmul(inputs, ops.transpose(self.embeddings))
+            table = ops.cast(self.embeddings, self.compute_dtype)
+            logits = ops.matmul(inputs, ops.transpose(table))
             return soft_cap(ops.cast(logits, "float32"), self.final_logit_soft_cap)
         x = ops.cast(ops.take(self.embeddings, inputs, axis=0), self.compute_dtype)
         return x * ops.cast(self.hidden_dim**0.5, self.compute_dtype)

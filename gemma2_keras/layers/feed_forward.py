@@ -19,7 +19,7 @@ class FeedForward(keras.layers.Layer):
     Example:
 
     >>> import numpy as np
-    >>> FeedForward(7)(np.ones((2, 3, 4), "float32")).shape
+    >>> tuple(FeedForward(7)(np.ones((2, 3, 4), "float32")).shape)
     (2, 3, 4)
     """
 

@@ -21,7 +21,7 @@ class Linear(keras.layers.Layer):
 
     >>> import numpy as np
     >>> layer = Linear(3)
-    >>> layer(np.ones((2, 5), "float32")).shape, layer.weight.shape
+    >>> tuple(layer(np.ones((2, 5), "float32")).shape), layer.weight.shape
     ((2, 3), (3, 5))
     """
 
@@ -117,7 +117,7 @@ class Linear(keras.layers.Layer):
         """Read the weight; an adapter present starts anew from no effect."""
         self.weight.assign(store["0"])
         if self.lora_rank is not None:
-            self.lora_b.assign(ops.zeros_like(self.lora_b))
+            self.lora_b.assign(ops.zeros(self.lora_b.shape))
 
     def get_config(self) -> dict:
         """Constructor arguments."""

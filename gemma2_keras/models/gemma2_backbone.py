@@ -51,7 +51,7 @@ class Gemma2Backbone(keras_hub.models.Backbone):
     >>> backbone = Gemma2Backbone(
     ...     vocabulary_size=64, num_layers=3, num_query_heads=4, num_key_value_heads=2, hidden_dim=24,
     ...     intermediate_dim=40, head_dim=8, sliding_window_size=4)
-    >>> backbone({"token_ids": np.array([[2, 5, 9]]), "padding_mask": np.array([[1, 1, 1]])}).shape
+    >>> tuple(backbone({"token_ids": np.array([[2, 5, 9]]), "padding_mask": np.array([[1, 1, 1]])}).shape)
     (1, 3, 24)
 
     Source: Gemma 2 (https://arxiv.org/abs/2408.00118).
@@ -167,8 +167,8 @@ class Gemma2Backbone(keras_hub.models.Backbone):
         if unknown or not targets:
             raise ValueError(f"`target_layer_names` must be among {sorted(known)}; given {targets}.")
         chosen = [layer for layer in linears if layer.name in targets]
-        for layer in chosen[:1]:
-            # Checked on one layer before any is frozen: a refused call changes nothing.
+        # Checked on every layer, those not chosen too, before any is frozen: a refused call changes nothing.
+        for layer in linears:
             layer.check_lora(rank, alpha)
         self.trainable = True
         for layer in layers:

@@ -19,8 +19,8 @@ def rms_norm(x, weight, epsilon):
     Example:
 
     >>> import numpy as np
-    >>> np.asarray(rms_norm(np.array([[3.0, 4.0]], "float32"), np.zeros(2, "float32"), 0.0)).round(3).tolist()
-    [[0.8489999771118164, 1.1310000419616699]]
+    >>> np.asarray(rms_norm(np.array([[3.0, 4.0]], "float32"), np.zeros(2, "float32"), 0.0)).round(3)
+    array([[0.849, 1.131]], dtype=float32)
     """
     dtype = x.dtype
     x = ops.cast(x, "float32")

@@ -16,11 +16,13 @@ from gemma2_keras.generation.sampling import sample, searches
 from gemma2_keras.models.gemma2_backbone import Gemma2Backbone
 from gemma2_keras.models.inputs import check_ids, check_token_inputs, is_traced
 from gemma2_keras.preprocessing.causal_lm_preprocessor import Gemma2CausalLMPreprocessor, is_tokenized
+from gemma2_keras.preprocessing.inputs import to_python
 from gemma2_keras.tasks.data import preprocessed
 
 # Prompts, and the room for what follows them, are rounded up to these, so that few lengths are compiled.
 _PROMPT_STEP = 32
 _ROOM_STEP = 64
+_SAMPLERS = ("beam", "contrastive", "greedy", "random", "top_k", "top_p")
 
 
 @keras.saving.register_keras_serializable(package="gemma2_keras")
@@ -106,8 +108,30 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
             weighted_metrics: likewise; `"auto"` is the share of next tokens that the model ranks first.
             sampler: how `generate` chooses tokens: a name of a KerasHub sampler, such as `"top_k"`, or an instance.
             **kwargs: as `keras.Model.compile` takes them.
+
+        Raises:
+            ValueError: if `sampler` is no name of a sampler.
         """
+        if isinstance(sampler, str) and sampler not in _SAMPLERS:
+            raise ValueError(f"`sampler` must be one of {', '.join(_SAMPLERS)}, or an instance; given {sampler!r}.")
         super().compile(optimizer, loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
+
+    def get_compile_config(self) -> dict[str, Any]:
+        """What `compile` was given, for a `.keras` file."""
+        config = super().get_compile_config()
+        if not config:
+            return config
+        # How many weights the optimizer follows; none before the first step.
+        followed = len(self.trainable_variables) if self.optimizer is not None and self.optimizer.built else 0
+        return {**config, "sampler": keras_hub.samplers.serialize(self.sampler), "followed": followed}
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compile as the saved model was; an optimizer of adapters, which are merged when saved, starts anew."""
+        config = dict(config)
+        sampler, followed = keras_hub.samplers.deserialize(config.pop("sampler")), config.pop("followed")
+        self.compile(**keras.saving.deserialize_keras_object(config), sampler=sampler)
+        if self.optimizer is not None and followed == len(self.trainable_variables):
+            self.optimizer.build(self.trainable_variables)
 
     def enable_lora(self, rank, targets=None, alpha=None) -> None:
         """Freeze the model and add trainable low-rank adapters, by default to `q_proj` and `v_proj` of every layer.
@@ -130,9 +154,10 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
         True
         """
         self.backbone.enable_lora(rank, targets, alpha)
+        # What was traced before knows nothing of the adapters.
+        self.train_function = self.test_function = self.predict_function = None
         if self.compiled and self.optimizer is not None and self.optimizer.built:
             self.optimizer = self.optimizer.from_config(self.optimizer.get_config())
-            self.train_function = None
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
         """Text to `(x, y, sample_weight)`; tokenized data as it is, once its ids are checked."""
@@ -189,7 +214,7 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
         """Continue prompts, with the sampler chosen in `compile` (greedy by default).
 
         Args:
-            inputs: a prompt, a list of them, `{"prompts": …}`, or an iterable of batches such as a `tf.data.Dataset`;
+            inputs: a prompt, a list of them, `{"prompts": …}`, or a `tf.data.Dataset` of prompts or batches of them;
                 without a preprocessor, `{"token_ids": (B, L), "padding_mask": (B, L)}`, padded on the right to the
                 length to fill.
             max_length: tokens of prompt and continuation together; by default the preprocessor's `sequence_length`,
@@ -220,11 +245,12 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
             raise InputError("Give `max_length` or `max_new_tokens`, not both.")
         stop_ids = self._stop_ids(stop_token_ids)
         if hasattr(inputs, "as_numpy_iterator"):
-            batches = [
-                self.generate(batch, max_length, stop_token_ids, strip_prompt, max_new_tokens=max_new_tokens)
-                for batch in inputs.as_numpy_iterator()
-            ]
-            return [text for batch in batches for text in batch]
+            return _joined(
+                [
+                    self.generate(batch, max_length, stop_token_ids, strip_prompt, max_new_tokens=max_new_tokens)
+                    for batch in inputs.as_numpy_iterator()
+                ]
+            )
         if self.preprocessor is None:
             return self._generate_arrays(inputs, stop_ids, strip_prompt, max_new_tokens)
         rows, single = self.preprocessor.encode_prompts(inputs)
@@ -262,9 +288,14 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
                     'Without a preprocessor, `stop_token_ids="auto"` has no meaning: give ids, or None to fill up.'
                 )
             return self.preprocessor.tokenizer.stop_token_ids
-        ids = [stop_token_ids] if isinstance(stop_token_ids, int) else list(stop_token_ids)
-        check_ids(np.asarray(ids, "int64"), self.backbone.config.vocabulary_size)
-        return tuple(int(i) for i in ids)
+        ids = to_python(stop_token_ids)
+        ids = ids if isinstance(ids, list) else [ids]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise InputError(f'`stop_token_ids` must be token ids, "auto" or None; given {stop_token_ids!r}.')
+        vocabulary_size = self.backbone.config.vocabulary_size
+        if not all(0 <= i < vocabulary_size for i in ids):
+            raise InputError(f"`stop_token_ids` must lie between 0 and {vocabulary_size - 1}; given {stop_token_ids!r}.")
+        return tuple(ids)
 
     def _limits(self, rows: list[list[int]], max_length: int | None, max_new_tokens: int | None) -> list[int]:
         """How many tokens each row may get."""
@@ -361,6 +392,14 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
         token_ids = ops.convert_to_tensor(token_ids)
         padding_mask = ops.ones_like(token_ids) if padding_mask is None else ops.convert_to_tensor(padding_mask)
         check_token_inputs({"token_ids": token_ids, "padding_mask": padding_mask}, self.backbone.config.vocabulary_size)
+        if target_ids is not None:
+            if np.shape(target_ids) != tuple(token_ids.shape):
+                raise InputError(
+                    f"`target_ids` must have the shape of `token_ids`, {tuple(token_ids.shape)}; "
+                    f"given {np.shape(target_ids)}."
+                )
+            if not is_traced(target_ids):
+                check_ids(ops.convert_to_numpy(target_ids), self.backbone.config.vocabulary_size)
         intercept = layer_intercept_fn or (lambda x, i: x)
         context = self.backbone.sequence_context(padding_mask)
         x = intercept(self.backbone.token_embedding(token_ids), -1)
@@ -370,6 +409,13 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
         if scoring_mode == "logits":
             return logits
         return keras.losses.sparse_categorical_crossentropy(target_ids, logits, from_logits=True)
+
+
+def _joined(made: list[Any]) -> Any:
+    """What was generated batch by batch, or prompt by prompt, as one list, or one dictionary of arrays."""
+    if made and isinstance(made[0], dict):
+        return {key: np.concatenate([part[key] for part in made]) for key in made[0]}
+    return [text for part in made for text in ([part] if isinstance(part, str) else part)]
 
 
 def _rounded_up(value: int, step: int) -> int:

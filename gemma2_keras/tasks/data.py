@@ -29,7 +29,9 @@ def preprocessed(preprocess: Preprocess, x: Any, y: Any = None, sample_weight: A
         return PreprocessedDataset(x, preprocess), None, None
     if _is_from("tensorflow", x, "data.Dataset"):
         return x.map(lambda *batch: preprocess(*_unpacked(batch)), num_parallel_calls=2).prefetch(1), None, None
-    if _is_from("torch", x, "utils.data.DataLoader") or isinstance(x, Iterator):
+    if _is_from("torch", x, "utils.data.DataLoader"):
+        return _preprocessed_loader(x, preprocess), None, None
+    if isinstance(x, Iterator):
         return _batches(x, preprocess), None, None
     return keras.utils.unpack_x_y_sample_weight(preprocess(x, y, sample_weight))
 
@@ -63,6 +65,23 @@ class PreprocessedDataset(keras.utils.PyDataset):
     def on_epoch_end(self) -> None:
         """Tell the dataset."""
         self._dataset.on_epoch_end()
+
+
+def _preprocessed_loader(loader: Any, preprocess: Preprocess) -> Any:
+    """A `DataLoader` of preprocessed batches, which each epoch begins anew."""
+    from torch.utils import data
+
+    class Batches(data.IterableDataset):
+        def __iter__(self):
+            return _batches(loader, preprocess)
+
+    class SizedBatches(Batches):
+        def __len__(self) -> int:
+            return len(loader)
+
+    # Keras asks a dataset for its length if it has one; that of a stream is not known.
+    sized = not isinstance(loader.dataset, data.IterableDataset)
+    return data.DataLoader(SizedBatches() if sized else Batches(), batch_size=None)
 
 
 def _batches(batches: Any, preprocess: Preprocess) -> Iterator[Any]:

@@ -28,7 +28,7 @@ BASE = {
 }
 
 
-def make(changes=None, seed=0, matrix_std=0.5, norm_mean=0.0, norm_std=0.3, dtype=torch.float32):
+def make(changes=None, seed=0, matrix_std=0.5, embedding_std=None, norm_mean=0.0, dtype=torch.float32):
     """A `Gemma2ForCausalLM` with normal weights, rounded to `dtype` and kept in it."""
     config = transformers.Gemma2Config(**{**BASE, **(changes or {})}, pad_token_id=None, bos_token_id=None, eos_token_id=None)
     config._attn_implementation = "eager"
@@ -36,7 +36,8 @@ def make(changes=None, seed=0, matrix_std=0.5, norm_mean=0.0, norm_std=0.3, dtyp
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            mean, std = (norm_mean, norm_std) if "norm" in name else (0.0, matrix_std)
+            mean, std = (norm_mean, 0.3) if "norm" in name else (0.0, matrix_std)
+            std = embedding_std if embedding_std and "embed" in name else std
             weight.copy_(torch.randn(weight.shape, generator=generator) * std + mean)
     return model.to(dtype)
 

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from gemma2_keras.checkpoints import guard
+from gemma2_keras.checkpoints.guard import file_inside, read_json, replacing_folder, write_json
+from gemma2_keras.errors import CheckpointError
+
+pytestmark = pytest.mark.once
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def write(folder, content: str = "new") -> None:
+    with replacing_folder(folder, "marker") as beside:
+        (beside / "marker").write_text(content)
+
+
+def test_a_folder_is_made_with_its_parents_and_nothing_is_left_beside(tmp_path):
+    write(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b" / "marker").read_text() == "new"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o007])
+def test_the_folder_is_as_readable_as_any_other(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write(tmp_path / "saved")
+        assert stat.S_IMODE((tmp_path / "saved").stat().st_mode) == 0o777 & ~umask
+    finally:
+        os.umask(before)
+
+
+def test_an_earlier_folder_of_ours_and_an_empty_one_are_replaced(tmp_path):
+    (tmp_path / "saved").mkdir()
+    write(tmp_path / "saved", "first")
+    (tmp_path / "saved" / "more").write_text("old")
+    write(str(tmp_path / "saved"), "second")
+    assert [(path.name, path.read_text()) for path in (tmp_path / "saved").iterdir()] == [("marker", "second")]
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
+def test_an_error_leaves_the_old_folder_and_nothing_beside(tmp_path, error):
+    write(tmp_path / "saved", "old")
+    with pytest.raises(error), replacing_folder(tmp_path / "saved", "marker") as beside:
+        (beside / "marker").write_text("half")
+        raise error
+    assert (tmp_path / "saved" / "marker").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_an_error_of_the_last_renaming_puts_the_old_folder_back(tmp_path, monkeypatch):
+    write(tmp_path / "saved", "old")
+    rename = Path.rename
+
+    def fail_on_new(self, target):
+        if Path(target).name == "saved" and (self / "marker").read_text() == "new":
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_on_new)
+    with pytest.raises(OSError, match="no"):
+        write(tmp_path / "saved")
+    assert (tmp_path / "saved" / "marker").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def _folder_of_another(path):
+    path.mkdir()
+    (path / "thesis.txt").write_text("mine")
+
+
+def _symlink(path):
+    write(path.with_name("real"))
+    path.symlink_to(path.with_name("real"))
+
+
+@pytest.mark.parametrize("make", [_folder_of_another, lambda path: path.write_text("mine"), _symlink])
+def test_what_is_not_ours_is_refused_and_left_alone(tmp_path, make):
+    make(tmp_path / "saved")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FileExistsError, match="exists and is no saved preset: choose another folder"):
+        write(tmp_path / "saved")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("moment", ["writing", "flushing"])
+def test_a_killed_process_leaves_the_old_folder(tmp_path, moment):
+    write(tmp_path / "saved", "old")
+    script = f"""
+        import os
+        from gemma2_keras.checkpoints import guard
+        if {moment!r} == "flushing":
+            guard._flush = lambda path: os._exit(9)
+        with guard.replacing_folder({str(tmp_path / "saved")!r}, "marker") as beside:
+            (beside / "marker").write_text("half")
+            if {moment!r} == "writing":
+                os._exit(9)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=REPOSITORY, timeout=60)
+    assert done.returncode == 9
+    assert (tmp_path / "saved" / "marker").read_text() == "old"
+    # And the next one succeeds.
+    write(tmp_path / "saved", "next")
+    assert (tmp_path / "saved" / "marker").read_text() == "next"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot be read as JSON"),
+        (b"{", "cannot be read as JSON"),
+        (b"{} {}", "cannot be read as JSON"),
+        (b"\xff\xfe{\0}\0", "cannot be read as JSON"),
+        (b'{"a": "\xff"}', "cannot be read as JSON"),
+        (b'{"a": 1, "a": 2}', "key 'a' stands twice"),
+        (b'{"b": {"a": 1, "a": 1}}', "key 'a' stands twice"),
+        (b'{"a": NaN}', "NaN is no finite number"),
+        (b'{"a": [-Infinity]}', "-Infinity is no finite number"),
+        (b'{"a": 1e999}', "1e999 is no finite number"),
+        (b'{"a": 1' + b"0" * 5000 + b"}", "cannot be read as JSON"),
+        (b"[" * 100_000, "cannot be read as JSON"),
+        (b"[1]", "holds a list where a JSON object belongs"),
+        (b"null", "holds a NoneType"),
+        (b'"text"', "holds a str"),
+    ],
+)
+def test_a_json_file_that_is_no_plain_object_is_refused(tmp_path, content, message):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_json(tmp_path / "config.json")
+    assert "config.json" in str(caught.value)
+
+
+def test_a_json_file_too_large_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "LARGEST_JSON", 10)
+    (tmp_path / "config.json").write_text('{"a": "0123456789"}')
+    with pytest.raises(CheckpointError, match="has 19 bytes, too many"):
+        read_json(tmp_path / "config.json")
+
+
+def test_a_missing_json_file_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
+        read_json(tmp_path / "config.json")
+
+
+def test_what_is_written_is_read(tmp_path):
+    value = {"b": [1, 2.5, None, True], "a": {"\u00e9": "日本"}}
+    write_json(tmp_path / "x.json", value)
+    assert read_json(tmp_path / "x.json") == value
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "/etc/passwd", "a/b", "a\\b", "C:x", "a\0b", None, 5, ["x"], {"x": 1}]
+)
+def test_a_name_that_is_no_plain_file_name_is_refused(tmp_path, name):
+    with pytest.raises(CheckpointError, match="no plain file name"):
+        file_inside(tmp_path, name)
+
+
+def test_a_plain_file_name_lies_in_the_folder(tmp_path):
+    assert file_inside(tmp_path, "..model.safetensors") == tmp_path / "..model.safetensors"

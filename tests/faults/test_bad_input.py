@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from gemma2_keras import Gemma2CausalLM
+from gemma2_keras.errors import InputError
+from tests.preprocessing import tiny
+
+IDS = np.array([[2, 480, 490]], "int32")
+MASK = np.ones_like(IDS)
+SIZE = tiny.VOCABULARY_SIZE
+
+
+@pytest.fixture(scope="module")
+def bare(model) -> Gemma2CausalLM:
+    return Gemma2CausalLM(model.backbone)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def still_works(model):
+    """After every refusal of this file, the model computes and says what it did before."""
+    before = ops.convert_to_numpy(ops.stop_gradient(model({"token_ids": IDS, "padding_mask": MASK})))
+    text = model.generate("The cat", max_new_tokens=2)
+    yield
+    after = ops.convert_to_numpy(ops.stop_gradient(model({"token_ids": IDS, "padding_mask": MASK})))
+    np.testing.assert_array_equal(after, before)
+    assert model.generate("The cat", max_new_tokens=2) == text
+
+
+BAD_ARRAYS = [
+    ("dtype", {"token_ids": IDS.astype("float32"), "padding_mask": MASK}, "`token_ids` must be whole .* dtype float32"),
+    ("bool", {"token_ids": IDS > 0, "padding_mask": MASK}, "`token_ids` must be whole numbers"),
+    ("rank 1", {"token_ids": IDS[0], "padding_mask": MASK[0]}, r"`token_ids` must have shape \(batch, length\).*\(3,\)"),
+    ("rank 3", {"token_ids": IDS[None], "padding_mask": MASK[None]}, r"`token_ids` must have .*\(1, 1, 3\)"),
+    ("mask rank", {"token_ids": IDS, "padding_mask": MASK[0]}, "`padding_mask` must have shape"),
+    ("shapes", {"token_ids": IDS, "padding_mask": MASK[:, :2]}, r"one shape; given \(1, 3\) and \(1, 2\)"),
+    ("no rows", {"token_ids": IDS[:0], "padding_mask": MASK[:0]}, r"`token_ids` is empty: shape \(0, 3\)"),
+    ("no tokens", {"token_ids": IDS[:, :0], "padding_mask": MASK[:, :0]}, r"`token_ids` is empty: shape \(1, 0\)"),
+    ("too large", {"token_ids": IDS + SIZE, "padding_mask": MASK}, r"between 0 and 559; given 562 at \(0, 0\)"),
+    ("one too large", {"token_ids": np.array([[2, SIZE, 3]]), "padding_mask": MASK}, r"given 560 at \(0, 1\)"),
+    ("negative", {"token_ids": np.array([[2, 5, -1]]), "padding_mask": MASK}, r"given -1 at \(0, 2\)"),
+    ("no mask", {"token_ids": IDS}, '"token_ids" and "padding_mask"; given'),
+]
+
+
+@pytest.mark.parametrize(("inputs", "message"), [case[1:] for case in BAD_ARRAYS], ids=[case[0] for case in BAD_ARRAYS])
+def test_bad_arrays_are_refused_by_every_way_in(model, bare, inputs, message):
+    with pytest.raises(InputError, match=message):
+        model(inputs)
+    with pytest.raises(InputError, match=message):
+        model.backbone(inputs)
+    with pytest.raises(InputError, match=message):
+        bare.generate(inputs, stop_token_ids=None)
+    with pytest.raises(InputError, match=message):
+        model.fit(inputs, IDS, verbose=0)
+    with pytest.raises(InputError, match=message):
+        model.evaluate(inputs, IDS, verbose=0)
+    with pytest.raises(InputError, match=message):
+        model.predict(inputs, verbose=0)
+    if "padding_mask" in inputs:
+        with pytest.raises(InputError, match=message):
+            model.score(inputs["token_ids"], inputs["padding_mask"])
+
+
+def test_tensors_are_checked_as_arrays_are(model):
+    mask = ops.convert_to_tensor(MASK)
+    for bad, message in ((IDS + SIZE, "between 0 and 559"), (IDS.astype("float32"), "dtype float32")):
+        with pytest.raises(InputError, match=message):
+            model({"token_ids": ops.convert_to_tensor(bad), "padding_mask": mask})
+
+
+@pytest.mark.parametrize("inputs", [None, 5, "text", [IDS, MASK], IDS])
+def test_a_call_takes_a_dictionary(model, inputs):
+    with pytest.raises(InputError, match="takes a dictionary with"):
+        model(inputs)
+
+
+@pytest.mark.parametrize("y", [IDS + SIZE, IDS - 3])
+def test_labels_outside_the_vocabulary_are_refused(model, y):
+    with pytest.raises(InputError, match="must lie between 0 and 559"):
+        model.fit({"token_ids": IDS, "padding_mask": MASK}, y, verbose=0)
+
+
+BAD_TEXT = [
+    ("", "0 is an empty string"),
+    ([], "is empty: give at least one string"),
+    (["The cat", ""], "1 is an empty string"),
+    (None, "must be a string or a list of strings; given None"),
+    (5, "given 5"),
+    ([5], r"given \[5\]"),
+    ([["The", "cat"]], "must be a string or a list of strings"),
+    (["The", None], "must be a string or a list of strings"),
+    (np.array([1, 2]), "must be a string or a list of strings"),
+    (b"\xff", "not UTF-8"),
+    ("\ud83d", "lone surrogate"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_TEXT)
+def test_bad_text_is_refused_by_every_way_in(model, text, message):
+    for method in (model.generate, lambda x: model.fit(x, verbose=0), lambda x: model.evaluate(x, verbose=0)):
+        with pytest.raises(InputError, match=message):
+            method(text)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ({"prompts": ["a", "b"], "responses": ["c"]}, "as many; given 2 and 1"),
+        ({"prompts": ["a"]}, 'needs the keys "prompts" and "responses"'),
+        ({"prompts": ["a"], "responses": [""]}, "`responses` 0 is an empty string"),
+        ({"text": ["a"]}, "needs the key"),
+    ],
+)
+def test_bad_prompts_and_responses_are_refused(model, pairs, message):
+    with pytest.raises(InputError, match=message):
+        model.fit(pairs, verbose=0)
+
+
+def test_labels_and_weights_beside_text_are_refused(model):
+    with pytest.raises(InputError, match="`y` and `sample_weight` are made from the text"):
+        model.fit(["The cat"], ["cat"], verbose=0)
+    with pytest.raises(InputError, match="`y` and `sample_weight` are made from the text"):
+        model.fit(["The cat"], sample_weight=np.ones(1), verbose=0)
+
+
+def test_text_without_a_preprocessor_is_refused(bare):
+    for method in (bare.fit, bare.evaluate):
+        with pytest.raises(InputError, match="Without a preprocessor, data must be"):
+            method(["The cat"], verbose=0)
+    with pytest.raises(InputError, match="takes a dictionary with"):
+        bare.generate(["The cat"], stop_token_ids=None)
+    with pytest.raises(InputError, match='`stop_token_ids="auto"` has no meaning'):
+        bare.generate({"token_ids": IDS, "padding_mask": MASK})
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "8", [8]])
+@pytest.mark.parametrize("name", ["max_length", "max_new_tokens"])
+def test_a_limit_that_is_none_is_refused(model, name, value):
+    with pytest.raises(InputError, match=f"`{name}` must be a whole number of at least 1"):
+        model.generate("The cat", **{name: value})
+
+
+def test_both_limits_are_refused(model):
+    with pytest.raises(InputError, match="`max_length` or `max_new_tokens`, not both"):
+        model.generate("The cat", max_length=8, max_new_tokens=8)
+
+
+def test_prompts_that_leave_no_room_are_refused(model, bare):
+    length = len(model.preprocessor.tokenizer.encode("The cat")) + 1
+    with pytest.raises(InputError, match=f"Prompt 0 has {length} tokens, which leaves no room within {length}"):
+        model.generate("The cat", max_length=length)
+    with pytest.raises(InputError, match="Prompt 1 has .* leaves no room within 16"):
+        model.generate(["The", "The cat " * 10])
+    with pytest.raises(InputError, match="leaves no room within 96.*the context is 96 tokens"):
+        model.generate("The cat " * 100, max_new_tokens=5)
+    with pytest.raises(InputError, match="`max_length` is 97, more than the model's context of 96"):
+        model.generate("The cat", max_length=97)
+    with pytest.raises(InputError, match="Prompt 0 has 3 tokens, which leaves no room"):
+        bare.generate({"token_ids": IDS, "padding_mask": MASK}, stop_token_ids=None)
+    with pytest.raises(InputError, match="Prompt 0 has no tokens"):
+        bare.generate({"token_ids": IDS, "padding_mask": 0 * MASK}, stop_token_ids=None)
+
+
+@pytest.mark.parametrize(
+    ("stop", "message"),
+    [
+        ([SIZE], "`stop_token_ids` must lie between 0 and 559"),
+        (-1, "`stop_token_ids` must lie between 0 and 559"),
+        ("eos", "`stop_token_ids` must be token ids"),
+        (1.5, "`stop_token_ids` must be token ids"),
+        ([1.5], "`stop_token_ids` must be token ids"),
+        (True, "`stop_token_ids` must be token ids"),
+        ([None], "`stop_token_ids` must be token ids"),
+        ([[1], [2]], "`stop_token_ids` must be token ids"),
+    ],
+)
+def test_stop_ids_that_are_none_are_refused(model, stop, message):
+    with pytest.raises(InputError, match=message):
+        model.generate("The cat", max_new_tokens=2, stop_token_ids=stop)
+
+
+@pytest.mark.parametrize("sampler", ["zebra", 5, "Greedy"])
+def test_an_unknown_sampler_is_refused(bare, sampler):
+    with pytest.raises(ValueError, match=rf"sampler.*{sampler}"):
+        bare.compile(sampler=sampler)
+
+
+def test_bad_scores_are_refused(model):
+    with pytest.raises(InputError, match="`scoring_mode` must be"):
+        model.score(IDS, MASK, scoring_mode="entropy")
+    with pytest.raises(InputError, match='`scoring_mode="loss"` needs `target_ids`'):
+        model.score(IDS, MASK, scoring_mode="loss")
+    with pytest.raises(InputError, match="must lie between 0 and 559; given 562"):
+        model.score(IDS, MASK, scoring_mode="loss", target_ids=IDS + SIZE)
+    with pytest.raises(InputError, match=r"`target_ids` must have the shape of `token_ids`, \(1, 3\)"):
+        model.score(IDS, MASK, scoring_mode="loss", target_ids=IDS[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 0}, "`rank` must be"),
+        ({"rank": 1.5}, "`rank` must be"),
+        ({"rank": 2, "targets": ["zebra"]}, "must be among .*'q_proj'"),
+        ({"rank": 2, "targets": []}, "must be among"),
+        ({"rank": 2, "alpha": 0}, "`alpha` must be"),
+    ],
+)
+def test_refused_adapters_change_nothing(model, arguments, message):
+    count = len(model.trainable_variables)
+    with pytest.raises(ValueError, match=message):
+        model.enable_lora(**arguments)
+    assert len(model.trainable_variables) == count
+    assert not [v for v in model.variables if "lora" in v.path]
+
+
+class Broken(keras.utils.PyDataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return ["The cat", ""]
+
+
+def test_a_bad_batch_in_a_dataset_is_named(model):
+    with pytest.raises(InputError, match="1 is an empty string"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.evaluate(Broken(), verbose=0)

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import doctest
+import importlib
+import math
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from gemma2_keras.layers.attention import Attention
+from gemma2_keras.layers.context import SequenceContext
+from gemma2_keras.layers.decoder_block import DecoderBlock
+from gemma2_keras.layers.embedding import TokenEmbedding
+from gemma2_keras.layers.feed_forward import FeedForward
+from gemma2_keras.layers.initialization import awaiting_weights
+from gemma2_keras.layers.linear import Linear
+from gemma2_keras.layers.norm import RMSNorm
+
+array = ops.convert_to_numpy
+BLOCK = {
+    "num_query_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "intermediate_dim": 10,
+    "attention_scale": 0.3,
+    "attention_logit_soft_cap": 2.0,
+    "local": True,
+    "layer_norm_epsilon": 1e-3,
+}
+POLICIES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+def filled(layer):
+    """The layer with normal weights."""
+    random = np.random.default_rng(1)
+    for weight in layer.weights:
+        weight.assign(random.normal(0, 0.5, weight.shape).astype("float32"))
+    return layer
+
+
+def context_of(mask, window=3, **kwargs):
+    return SequenceContext(head_dim=6, max_wavelength=100.0, window=window, **kwargs)(np.asarray(mask))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Linear(3),
+        RMSNorm(1e-3),
+        FeedForward(7, name="feed"),
+        TokenEmbedding(11, 4, final_logit_soft_cap=30.0, dtype="bfloat16"),
+        SequenceContext(4, 10_000.0, 2),
+        Attention(4, 2, 6, 0.3, None, local=False),
+        DecoderBlock(**BLOCK, dropout=0.2, dtype="mixed_bfloat16"),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_configuration_makes_the_same_layer(layer):
+    again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(layer))
+    assert type(again) is type(layer)
+    assert again.get_config() == layer.get_config()
+    assert again.dtype_policy == layer.dtype_policy
+
+
+# Linear
+
+
+def test_linear_multiplies_by_its_transposed_weight():
+    layer, x = Linear(3), normal(2, 4, 5)
+    layer.build(x.shape)
+    filled(layer)
+    assert layer.weight.shape == (3, 5)
+    np.testing.assert_allclose(array(layer(x)), x @ array(layer.weight).T, rtol=1e-5, atol=1e-6)
+
+
+def test_linear_saves_its_adapter_merged():
+    layer, x = Linear(3), normal(2, 5)
+    layer.build(x.shape)
+    base = array(filled(layer).weight)
+    layer.enable_lora(2, alpha=5)
+    a, b = normal(2, 5, seed=2), normal(3, 2, seed=3)
+    layer.lora_a.assign(a)
+    layer.lora_b.assign(b)
+    store = {}
+    layer.save_own_variables(store)
+    np.testing.assert_allclose(store["0"], base + 5 / 2 * b @ a, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(array(layer(x)), x @ store["0"].T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(array(layer.weight), base)
+
+    layer.load_own_variables(store)
+    np.testing.assert_allclose(array(layer(x)), x @ store["0"].T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "named"), [(0, None, "rank"), (2.0, None, "rank"), (True, None, "rank"), (2, 0, "alpha"), (2, -1, "alpha")]
+)
+def test_linear_refuses_adapters_that_cannot_be(rank, alpha, named):
+    layer = Linear(3)
+    with pytest.raises(ValueError, match="no weight yet"):
+        layer.enable_lora(2)
+    layer.build((None, 5))
+    with pytest.raises(ValueError, match=f"`{named}`"):
+        layer.enable_lora(rank, alpha)
+    assert layer.trainable_variables == [layer.weight]
+    layer.enable_lora(2)
+    with pytest.raises(ValueError, match="already"):
+        layer.enable_lora(2)
+
+
+# Embedding
+
+
+def test_embedding_scales_by_the_root_of_its_width():
+    layer, ids = TokenEmbedding(11, 5), np.array([[1, 10, 0]])
+    layer.build(ids.shape)
+    table = array(filled(layer).embeddings)
+    np.testing.assert_allclose(array(layer(ids)), table[ids] * math.sqrt(5), rtol=1e-6)
+
+
+def test_embedding_scale_is_rounded_to_the_compute_dtype():
+    layer = TokenEmbedding(3, 3584, dtype="bfloat16")
+    layer.build((None, None))
+    layer.embeddings.assign(np.ones((3, 3584), "float32"))
+    # The root of 3584 is 59.87; the nearest bfloat16 is 59.75.
+    assert set(array(ops.cast(layer(np.array([[1]])), "float32")).ravel()) == {59.75}
+
+
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_reversed_embedding_gives_capped_float32_logits(cap):
+    layer, x = TokenEmbedding(11, 5, cap), normal(2, 3, 5)
+    layer.build((None, None))
+    logits = x @ array(filled(layer).embeddings).T
+    expected = logits if cap is None else cap * np.tanh(logits / cap)
+    np.testing.assert_allclose(array(layer(x, reverse=True)), expected, rtol=1e-5, atol=1e-6)
+    half = TokenEmbedding(11, 5, cap, dtype="bfloat16")
+    half.build((None, None))
+    assert array(half(ops.cast(x, "bfloat16"), reverse=True)).dtype == "float32"
+
+
+# Blocks
+
+
+def test_feed_forward_gates():
+    layer, x = FeedForward(7), normal(2, 3, 4)
+    layer.build(x.shape)
+    gate, up, down = (array(getattr(filled(layer), f"{name}_proj").weight) for name in ("gate", "up", "down"))
+    hidden = x @ gate.T
+    hidden = 0.5 * hidden * (1 + np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3))) * (x @ up.T)
+    np.testing.assert_allclose(array(layer(x)), hidden @ down.T, rtol=1e-4, atol=1e-5)
+
+
+def test_context_masks_padding_the_future_and_what_left_the_window():
+    context = context_of([[0, 1, 1, 1, 0]], window=2)
+    seen = [[0] * 5, [0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0] * 5]
+    near = [[0] * 5, [0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0] * 5]
+    assert array(context.global_mask).astype(int).tolist() == [seen]
+    assert array(context.local_mask).astype(int).tolist() == [near]
+    assert context.mask(local=True) is context.local_mask
+    assert context.mask(local=False) is context.global_mask
+    np.testing.assert_allclose(array(context.sine)[0, :, 0, 0], np.sin([0, 0, 1, 2, 0]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_context_is_float32_under_every_policy(policy):
+    context = context_of([[1, 1]], dtype=policy)
+    assert {keras.backend.standardize_dtype(x.dtype) for x in (context.cosine, context.sine)} == {"float32"}
+
+
+def test_symbolic_context_is_of_the_shapes_and_dtypes_of_the_real_one():
+    layer = SequenceContext(head_dim=6, max_wavelength=100.0, window=3)
+    symbolic, real = layer(keras.Input((5,), batch_size=2, dtype="int32")), layer(np.ones((2, 5), "int32"))
+    for told, made in zip(symbolic, real, strict=True):
+        assert tuple(told.shape) == tuple(made.shape)
+        assert told.dtype == keras.backend.standardize_dtype(made.dtype)
+
+
+def test_block_keeps_the_shape_and_the_compute_dtype():
+    layer = DecoderBlock(**BLOCK, dtype="mixed_bfloat16")
+    x = ops.cast(normal(2, 5, 8), "bfloat16")
+    y = layer(x, context=context_of(np.ones((2, 5)), dtype="mixed_bfloat16"))
+    assert tuple(y.shape) == (2, 5, 8)
+    assert keras.backend.standardize_dtype(y.dtype) == "bfloat16"
+    assert {w.dtype for w in layer.weights} == {"float32"}
+    assert len(layer.weights) == 4 + 4 + 3
+
+
+def test_block_adds_normalised_branches():
+    layer, x = DecoderBlock(**BLOCK), normal(1, 4, 8)
+    layer.build(x.shape)
+    filled(layer)
+    for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
+        norm.weight.assign(-np.ones(8, "float32"))  # which silences a branch
+    np.testing.assert_array_equal(array(layer(x, context=context_of([[1] * 4]))), x)
+    layer.post_feedforward_layernorm.weight.assign(np.zeros(8, "float32"))
+    branch = array(layer(x, context=context_of([[1] * 4]))) - x
+    np.testing.assert_allclose(np.sqrt((branch**2).mean(-1)), 1, atol=0.01)
+
+
+def test_dropout_acts_in_training_only():
+    layer, x = DecoderBlock(**BLOCK, dropout=0.5), normal(1, 4, 8)
+    context = context_of([[1] * 4])
+    silent = array(layer(x, context=context))
+    np.testing.assert_array_equal(array(layer(x, context=context, training=False)), silent)
+    assert (array(layer(x, context=context, training=True)) != silent).any()
+
+
+def test_weights_await_a_checkpoint_as_zeros():
+    layer, random = Linear(3), Linear(3)
+    with awaiting_weights():
+        layer.build((None, 5))
+    random.build((None, 5))
+    assert not array(layer.weight).any()
+    assert array(random.weight).all()
+
+
+# Examples in docstrings
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "config",
+        "errors",
+        "ops.attention",
+        "ops.feed_forward",
+        "ops.masks",
+        "ops.norm",
+        "ops.rotary",
+        "layers.attention",
+        "layers.cache",
+        "layers.context",
+        "layers.decoder_block",
+        "layers.embedding",
+        "layers.feed_forward",
+        "layers.initialization",
+        "layers.linear",
+        "layers.norm",
+        "models.gemma2_backbone",
+        "checkpoints.names",
+    ],
+)
+def test_examples(module):
+    assert doctest.testmod(importlib.import_module(f"gemma2_keras.{module}")).failed == 0
