@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         options.run(options)
+        # A reader who left is noticed here, not when the interpreter ends.
+        sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read our output has seen enough; nothing more may be flushed into the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -83,16 +85,15 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _list_presets(options: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from gemma2_keras import describe_preset, list_presets
 
-    table = Table("name", "parameters", "weights", "description", box=None)
+    rows = [("name", "parameters", "weights", "description")]
     for preset in map(describe_preset, list_presets()):
         weights = "download, gated" if preset.needs_download else "included"
-        table.add_row(preset.name, f"{preset.parameters:,}", weights, preset.description)
-    Console(soft_wrap=True).print(table)
+        rows.append((preset.name, f"{preset.parameters:,}", weights, preset.description))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, parameters, weights, description in rows:
+        print(f"{name:<{widths[0]}}  {parameters:>{widths[1]}}  {weights:<{widths[2]}}  {description}")
 
 
 def _show_preset(options: argparse.Namespace) -> None:

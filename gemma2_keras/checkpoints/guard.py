@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,13 +91,15 @@ def replacing_folder(folder: str | os.PathLike, marker: str) -> Iterator[Path]:
         if not ours:
             raise FileExistsError(f"{target} exists and is no saved preset: choose another folder, or remove it first.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    # A private folder is what mkdtemp makes; a preset is as readable as anything else the user writes.
-    beside.chmod(0o777 & ~_umask())
+    beside = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+    beside.mkdir()
     try:
         yield beside
-        for path in [*beside.iterdir(), beside]:
+        for path in beside.iterdir():
+            # As readable as the folder; safetensors writes for its owner alone.
+            path.chmod(beside.stat().st_mode & 0o666)
             _flush(path)
+        _flush(beside)
         if target.exists():
             old = beside.with_name(f"{beside.name}.old")
             target.rename(old)
@@ -126,9 +128,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

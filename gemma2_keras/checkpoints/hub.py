@@ -34,7 +34,8 @@ def resolve(preset: str | os.PathLike) -> Path:
         entry = describe_preset(text)
         if entry.folder is not None:
             return entry.folder
-        assert entry.hugging_face is not None
+        if entry.hugging_face is None:
+            raise PresetError(f"The weights of {text} are missing from this installation: install gemma2-keras again.")
         return _fetch(entry.hugging_face)
     folder = Path(text)
     if folder.is_dir():

@@ -21,7 +21,7 @@ class Linear(keras.layers.Layer):
 
     >>> import numpy as np
     >>> layer = Linear(3)
-    >>> tuple(layer(np.ones((2, 5), "float32")).shape), layer.weight.shape
+    >>> tuple(layer(np.ones((2, 5), "float32")).shape), tuple(layer.weight.shape)
     ((2, 3), (3, 5))
     """
 

@@ -294,7 +294,9 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
             raise InputError(f'`stop_token_ids` must be token ids, "auto" or None; given {stop_token_ids!r}.')
         vocabulary_size = self.backbone.config.vocabulary_size
         if not all(0 <= i < vocabulary_size for i in ids):
-            raise InputError(f"`stop_token_ids` must lie between 0 and {vocabulary_size - 1}; given {stop_token_ids!r}.")
+            raise InputError(
+                f"`stop_token_ids` must lie between 0 and {vocabulary_size - 1}; given {stop_token_ids!r}."
+            )
         return tuple(ids)
 
     def _limits(self, rows: list[list[int]], max_length: int | None, max_new_tokens: int | None) -> list[int]:

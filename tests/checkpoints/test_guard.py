@@ -50,9 +50,14 @@ def test_an_earlier_folder_of_ours_and_an_empty_one_are_replaced(tmp_path):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
 def test_an_error_leaves_the_old_folder_and_nothing_beside(tmp_path, error):
     write(tmp_path / "saved", "old")
-    with pytest.raises(error), replacing_folder(tmp_path / "saved", "marker") as beside:
-        (beside / "marker").write_text("half")
-        raise error
+
+    def write_half() -> None:
+        with replacing_folder(tmp_path / "saved", "marker") as beside:
+            (beside / "marker").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
     assert (tmp_path / "saved" / "marker").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 

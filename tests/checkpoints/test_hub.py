@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
+from gemma2_keras import describe_preset
+from gemma2_keras.checkpoints import hub
 from gemma2_keras.checkpoints.hub import resolve
 from gemma2_keras.errors import PresetError
 
@@ -62,6 +65,13 @@ def test_what_leads_nowhere_says_why(folder, preset, message):
     Path("empty").mkdir()
     with pytest.raises(PresetError, match=message):
         resolve(preset)
+
+
+def test_an_installation_without_the_weights_says_so(monkeypatch):
+    entry = dataclasses.replace(describe_preset("gemma2_2b_en"), hugging_face=None)
+    monkeypatch.setattr(hub, "describe_preset", lambda name: entry)
+    with pytest.raises(PresetError, match="weights of gemma2_2b_en are missing from this installation"):
+        resolve("gemma2_2b_en")
 
 
 def test_a_handle_is_fetched_with_no_more_than_a_checkpoint_needs(monkeypatch, tmp_path):

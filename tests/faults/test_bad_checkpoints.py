@@ -71,7 +71,8 @@ def write_header(path, header: dict, data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "offsets", [[[0, 96], [0, 96]], [[0, 96], [48, 144]], [[0, 96], [200, 296]], [[96, 0], [96, 192]], [[0, 96], [96, 180]]]
+    "offsets",
+    [[[0, 96], [0, 96]], [[0, 96], [48, 144]], [[0, 96], [200, 296]], [[96, 0], [96, 192]], [[0, 96], [96, 180]]],
 )
 def test_offsets_that_overlap_or_leave_holes(folder, refused, offsets):
     header = {
@@ -177,7 +178,9 @@ def test_a_truncated_shard(folder, shards, refused):
     refused("model-00002-of-00002.safetensors is truncated or broken")
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "", None, 5, ["a"]])
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "", None, 5, ["a"]]
+)
 def test_an_index_that_names_no_plain_file(shards, refused, name):
     shards(lambda names: names.update({NORM: name}))
     refused("no plain file name")
@@ -283,7 +286,9 @@ NO_SIZES = [0, -1, "560", None, True, 1.5, [8], {}]
 
 
 @pytest.mark.parametrize("value", NO_SIZES)
-@pytest.mark.parametrize("key", ["vocab_size", "num_hidden_layers", "num_attention_heads", "head_dim", "sliding_window"])
+@pytest.mark.parametrize(
+    "key", ["vocab_size", "num_hidden_layers", "num_attention_heads", "head_dim", "sliding_window"]
+)
 def test_a_size_that_is_none(change, refused, key, value):
     change(**{key: value})
     refused(r"describes no Gemma 2 model: `\w+` must be")
@@ -333,7 +338,9 @@ def test_more_layers_than_any_list_holds(change, refused):
     refused("`layer_types` must alternate")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '"gemma2"', '{"model_type": "gemma2", "model_type": "gemma2"}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '"gemma2"', '{"model_type": "gemma2", "model_type": "gemma2"}']
+)
 def test_a_configuration_that_is_no_json_object(folder, refused, content):
     (folder / "config.json").write_text(content)
     refused("config.json (cannot be read as JSON|holds a)")
@@ -444,7 +451,10 @@ def test_no_soft_caps_are_a_model_too(folder, change):
         ('{"format": 1, "preprocessor": []}', "`preprocessor` in .* must be an object"),
         ('{"format": 1, "dropout": 1.5}', "`dropout` in .*gemma2_keras.json must be at least 0"),
         ('{"format": 1, "dropout": "x"}', "`dropout` in .*gemma2_keras.json must be at least 0"),
-        ('{"format": 1, "preprocessor": {"sequence_length": "x"}}', "`sequence_length` in .*gemma2_keras.json must be of type int"),
+        (
+            '{"format": 1, "preprocessor": {"sequence_length": "x"}}',
+            "`sequence_length` in .*gemma2_keras.json must be of type int",
+        ),
     ],
 )
 def test_a_bad_file_of_our_own(folder, content, message):

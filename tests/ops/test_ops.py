@@ -85,7 +85,9 @@ def test_products_depend_on_the_distance_of_positions_only(start, distance):
 
     def product(first, second):
         turned = [
-            array(apply_rotary(ops.convert_to_tensor(x), *rotary_tables(ops.convert_to_tensor([[position]]), 8, 10_000.0)))
+            array(
+                apply_rotary(ops.convert_to_tensor(x), *rotary_tables(ops.convert_to_tensor([[position]]), 8, 10_000.0))
+            )
             for x, position in ((query, first), (key, second))
         ]
         return (turned[0] * turned[1]).sum()
@@ -176,7 +178,9 @@ def test_positions_count_real_tokens():
 )
 def test_causal_mask_is_that_of_loops(queries, keys, window):
     found = causal_mask(ops.convert_to_tensor([queries], "int32"), ops.convert_to_tensor([keys], "int32"), window)
-    expected = [[key != -1 and key <= query and (window is None or query - key < window) for key in keys] for query in queries]
+    expected = [
+        [key != -1 and key <= query and (window is None or query - key < window) for key in keys] for query in queries
+    ]
     assert array(found)[0].tolist() == expected
 
 

@@ -30,7 +30,9 @@ BASE = {
 
 def make(changes=None, seed=0, matrix_std=0.5, embedding_std=None, norm_mean=0.0, dtype=torch.float32):
     """A `Gemma2ForCausalLM` with normal weights, rounded to `dtype` and kept in it."""
-    config = transformers.Gemma2Config(**{**BASE, **(changes or {})}, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    config = transformers.Gemma2Config(
+        **{**BASE, **(changes or {})}, pad_token_id=None, bos_token_id=None, eos_token_id=None
+    )
     config._attn_implementation = "eager"
     model = transformers.Gemma2ForCausalLM(config).to(torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)

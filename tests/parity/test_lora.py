@@ -61,7 +61,7 @@ def adapted(theirs, model, alpha):
 
 
 @pytest.mark.parametrize("alpha", [4, 10])
-def test_losses_of_training_are_those_of_peft(alpha, reference, ours, record_property):
+def test_losses_of_training_are_those_of_peft(alpha, reference, ours):
     theirs = reference.make({"num_hidden_layers": 2}, matrix_std=0.1)
     model = ours(theirs)
     model.enable_lora(RANK, alpha=alpha)
@@ -69,7 +69,5 @@ def test_losses_of_training_are_those_of_peft(alpha, reference, ours, record_pro
     found = train_ours(model, reference)
 
     error = np.abs(np.subtract(found, expected))
-    record_property("max_error", float(error.max()))
     assert expected[-1] < expected[0] - 0.2  # the adapters matter
-    record_property("losses", [round(x, 4) for x in expected])
     assert error.max() <= 1e-4

@@ -44,7 +44,12 @@ def test_a_text_is_start_pieces_end_and_padding_and_labels_are_one_ahead(preproc
     assert x["padding_mask"].tolist() == [[i < len(ids) for i in range(24)]]
     # Of n tokens, n - 1 are a next token of one.
     assert weight.tolist() == [[float(i < len(ids) - 1) for i in range(24)]]
-    assert (x["token_ids"].dtype, x["padding_mask"].dtype, y.dtype, weight.dtype) == ("int32", "bool", "int32", "float32")
+    assert (x["token_ids"].dtype, x["padding_mask"].dtype, y.dtype, weight.dtype) == (
+        "int32",
+        "bool",
+        "int32",
+        "float32",
+    )
 
 
 @pytest.mark.once
@@ -64,7 +69,9 @@ def test_packing_is_that_of_keras_hub(tokenizer, length, add_start, add_end):
     assert_same(y, ids[:, 1:].astype("int32"))
     assert_same(weight, mask[:, 1:].astype("float32"))
     # The length of one call overrides the constructor's.
-    assert_same(Gemma2CausalLMPreprocessor(tokenizer, 7, add_start, add_end)(TEXTS, sequence_length=length), (x, y, weight))
+    assert_same(
+        Gemma2CausalLMPreprocessor(tokenizer, 7, add_start, add_end)(TEXTS, sequence_length=length), (x, y, weight)
+    )
 
 
 class KerasHubsOwn(keras_hub.models.CausalLMPreprocessor):

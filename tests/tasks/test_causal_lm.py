@@ -191,7 +191,6 @@ def tf_dataset(data):
     return tensorflow.data.Dataset.from_tensor_slices(data).batch(2)
 
 
-
 KINDS = {
     "whole": lambda data: data,
     "PyDataset": lambda data: Texts(batches(data)),
@@ -222,7 +221,6 @@ def torch_loader(data):
     return loaders.DataLoader(data, batch_size=2)
 
 
-@pytest.mark.skipif(BACKEND == "tensorflow", reason="covered by two backends; TensorFlow traces it slowly")
 @pytest.mark.parametrize("data", [TEXTS, PAIRS], ids=["texts", "pairs"])
 def test_a_data_loader_gives_the_same_loss_in_every_epoch(still, data):
     loss, _ = expected_results(still, *still.preprocessor(data))
