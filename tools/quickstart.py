@@ -18,10 +18,12 @@ PRESET = "gemma2_tiny_en"
 SAMPLE = ROOT / "notebooks" / "data" / "pirate.jsonl"
 OUTPUT = ROOT / "quickstart-output"
 RANK = 8
-LEARNING_RATE = 5e-3
+# All projections: so small a model has little to spare in two of them.
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LEARNING_RATE = 2e-3
 BATCH_SIZE = 8
 # Small data is gone through until about so many steps are made.
-STEPS = 150
+STEPS = 200
 SHOWN = 3
 
 
@@ -74,11 +76,12 @@ def run(data: Path) -> None:
     start = time.perf_counter()
     import keras
 
-    from gemma2_keras import Gemma2CausalLM
+    from gemma2_keras import Gemma2CausalLM, Gemma2CausalLMPreprocessor
     from tools.loss_curve import StepLosses, plot_losses
 
     keras.utils.set_random_seed(0)
-    model = Gemma2CausalLM.from_preset(PRESET)
+    preprocessor = Gemma2CausalLMPreprocessor.from_preset(PRESET)
+    model = Gemma2CausalLM.from_preset(PRESET, preprocessor=preprocessor)
     print(f"Loaded {PRESET} ({model.count_params():,} parameters) on {keras.backend.backend()}.")
     print(f"\n{model.generate('Once upon a time', max_new_tokens=80)}\n")
     print(f"First text after {time.perf_counter() - start:.1f} s.\n")
@@ -92,7 +95,10 @@ def run(data: Path) -> None:
         texts = {"prompts": [e.prompt for e in examples], "responses": [e.response for e in examples]}
     else:
         texts = [example.response for example in examples]
-    model.enable_lora(rank=RANK)
+    # Padded to the longest example rather than to the whole context.
+    longest = max(len(preprocessor.tokenizer.encode(e.prompt + e.response)) for e in examples) + 4
+    preprocessor.sequence_length = min(longest, model.backbone.config.context_length)
+    model.enable_lora(rank=RANK, targets=TARGETS)
     trained = sum(int(keras.ops.size(weight)) for weight in model.trainable_weights)
     print(f"Fine-tuning {trained:,} adapter weights on {len(examples)} examples of {data.name}:")
     log = StepLosses()

@@ -10,6 +10,8 @@ from gemma2_keras.checkpoints.transformers import CONFIG_FILE
 from gemma2_keras.errors import PresetError
 
 HUGGING_FACE = "hf://"
+# In a folder that we saved, for what transformers has no place for.
+OWN_FILE = "gemma2_keras.json"
 # What a checkpoint needs, and nothing that a repository may hold beside it.
 _WANTED = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.model")
 
@@ -39,7 +41,7 @@ def resolve(preset: str | os.PathLike) -> Path:
         return _fetch(entry.hugging_face)
     folder = Path(text)
     if folder.is_dir():
-        if not (folder / CONFIG_FILE).is_file():
+        if not any((folder / name).is_file() for name in (CONFIG_FILE, OWN_FILE)):
             raise PresetError(f"The folder {folder} has no {CONFIG_FILE}: it is no preset and no checkpoint.")
         return folder
     if folder.exists():

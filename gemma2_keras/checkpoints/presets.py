@@ -7,14 +7,16 @@ what transformers has no place for, so that the same folder loads here and there
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from gemma2_keras.checkpoints.guard import read_json, replacing_folder, write_json
-from gemma2_keras.checkpoints.hub import resolve
+from gemma2_keras.checkpoints.hub import OWN_FILE, resolve
 from gemma2_keras.checkpoints.transformers import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
+    INDEX_FILE,
     TOKENIZER_FILE,
     SafetensorsCheckpoint,
     parse_config,
@@ -23,7 +25,6 @@ from gemma2_keras.checkpoints.transformers import (
 from gemma2_keras.errors import CheckpointError
 from gemma2_keras.layers.initialization import awaiting_weights
 
-OWN_FILE = "gemma2_keras.json"
 FORMAT = 1
 _OWN_TYPES = {
     "tokenizer": {"parse_special": bool},
@@ -78,14 +79,24 @@ def has_tokenizer(preset: Any) -> bool:
     return (resolve(preset) / TOKENIZER_FILE).is_file()
 
 
-def save_preset(folder: str | os.PathLike, backbone: Any, preprocessor: Any = None, max_shard_size: float | None = 10):
+def save_preset(
+    folder: str | os.PathLike,
+    *,
+    backbone: Any = None,
+    tokenizer: Any = None,
+    preprocessor: Any = None,
+    max_shard_size: float | None = 10,
+    keep: bool = False,
+) -> None:
     """Write a preset folder that `from_preset` and transformers read; adapters are merged into the weights.
 
     Args:
         folder: where; an earlier saved preset there is replaced, and stays as it was if writing fails.
-        backbone: a `Gemma2Backbone`.
-        preprocessor: a `Gemma2CausalLMPreprocessor`, or `None`.
+        backbone: a `Gemma2Backbone`, or `None`.
+        tokenizer: a `Gemma2Tokenizer`, or `None`.
+        preprocessor: a `Gemma2CausalLMPreprocessor` of that tokenizer, or `None`.
         max_shard_size: most GB in one file of weights; `None` for a single file.
+        keep: whether the parts that are `None` stay as an earlier preset at `folder` has them.
 
     Raises:
         FileExistsError: if something else than a saved preset stands at `folder`.
@@ -93,18 +104,29 @@ def save_preset(folder: str | os.PathLike, backbone: Any, preprocessor: Any = No
     """
     if max_shard_size is not None and not (isinstance(max_shard_size, int | float) and max_shard_size > 0):
         raise ValueError(f"`max_shard_size` must be above 0 GB, or None; given {max_shard_size!r}.")
-    own: dict[str, Any] = {"format": FORMAT, "dropout": backbone.config.dropout}
     with replacing_folder(folder, OWN_FILE) as beside:
-        write_checkpoint(beside, backbone, max_shard_size)
-        generation: dict[str, Any] = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
-        if preprocessor is not None:
-            tokenizer = preprocessor.tokenizer
+        own: dict[str, Any] = {"format": FORMAT}
+        if keep and (Path(folder) / OWN_FILE).exists():
+            own |= _own_settings(Path(folder))
+            for path in Path(folder).iterdir():
+                if backbone is None or not _is_of_model(path.name):
+                    shutil.copy(path, beside)
+        if backbone is not None:
+            write_checkpoint(beside, backbone, max_shard_size)
+            own["dropout"] = backbone.config.dropout
+        if tokenizer is not None:
             (beside / TOKENIZER_FILE).write_bytes(tokenizer.proto)
-            own["tokenizer"] = {"parse_special": tokenizer.parse_special}
-            own["preprocessor"] = {key: getattr(preprocessor, key) for key in sorted(_OWN_TYPES["preprocessor"])}
-            generation["eos_token_id"] = list(tokenizer.stop_token_ids)
-        write_json(beside / GENERATION_CONFIG_FILE, generation)
+            own["tokenizer"] = {key: getattr(tokenizer, key) for key in _OWN_TYPES["tokenizer"]}
+            stop_ids = list(tokenizer.stop_token_ids)
+            special = {"bos_token_id": tokenizer.start_token_id, "pad_token_id": tokenizer.pad_token_id}
+            write_json(beside / GENERATION_CONFIG_FILE, {**special, "eos_token_id": stop_ids})
+        if preprocessor is not None:
+            own["preprocessor"] = {key: getattr(preprocessor, key) for key in _OWN_TYPES["preprocessor"]}
         write_json(beside / OWN_FILE, own)
+
+
+def _is_of_model(name: str) -> bool:
+    return name in (CONFIG_FILE, INDEX_FILE) or name.endswith(".safetensors")
 
 
 def _own_settings(folder: Path) -> dict[str, Any]:

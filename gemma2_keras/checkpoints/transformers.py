@@ -149,19 +149,26 @@ def describe_config(config: Gemma2Config, dtype: str) -> dict[str, Any]:
     return {
         "architectures": ["Gemma2ForCausalLM"],
         "model_type": "gemma2",
-        **{theirs: ours[name] for theirs, name in _ARCHITECTURE.items()},
+        **{theirs: _typed(theirs, ours[name]) for theirs, name in _ARCHITECTURE.items()},
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
         "attention_dropout": 0.0,
         "tie_word_embeddings": True,
         "layer_types": layer_types(config),
-        "rope_parameters": {"rope_theta": config.rope_max_wavelength, "rope_type": "default"},
+        "rope_parameters": {"rope_theta": float(config.rope_max_wavelength), "rope_type": "default"},
         "dtype": dtype,
         "pad_token_id": 0,
         "eos_token_id": 1,
         "bos_token_id": 2,
         "use_cache": True,
     }
+
+
+def _typed(key: str, value: Any) -> Any:
+    """A number of the type that transformers insists on; a scalar that is no whole number stays, and is ours alone."""
+    if key in ("attn_logit_softcapping", "final_logit_softcapping", "rms_norm_eps"):
+        return None if value is None else float(value)
+    return int(value) if float(value).is_integer() else value
 
 
 class SafetensorsCheckpoint:

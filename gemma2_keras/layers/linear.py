@@ -110,13 +110,28 @@ class Linear(keras.layers.Layer):
         return (weight.astype("float32") + delta).astype(weight.dtype)
 
     def save_own_variables(self, store) -> None:
-        """Write the merged weight, so that a file reads the same with and without adapters."""
-        store["0"] = self.merged_weight()
+        """Write the weight, and the adapter beside it if there is one."""
+        store["0"] = self.weight
+        if self.lora_rank is not None:
+            store["lora_a"], store["lora_b"] = self.lora_a, self.lora_b
 
     def load_own_variables(self, store) -> None:
-        """Read the weight; an adapter present starts anew from no effect."""
+        """Read what `save_own_variables` wrote; an adapter that the file lacks starts from no effect.
+
+        Raises:
+            ValueError: if the file has an adapter and the layer has none, or one of another rank.
+        """
+        stored = store["lora_a"].shape[0] if "lora_a" in store.keys() else None  # noqa: SIM118 (no mapping)
+        if stored not in (None, self.lora_rank):
+            raise ValueError(
+                f"The file has an adapter of rank {stored} for layer {self.name!r}, whose own is {self.lora_rank}: "
+                f"call `enable_lora({stored})` before loading."
+            )
         self.weight.assign(store["0"])
-        if self.lora_rank is not None:
+        if stored is not None:
+            self.lora_a.assign(store["lora_a"])
+            self.lora_b.assign(store["lora_b"])
+        elif self.lora_rank is not None:
             self.lora_b.assign(ops.zeros(self.lora_b.shape))
 
     def get_config(self) -> dict:

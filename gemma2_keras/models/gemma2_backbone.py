@@ -131,6 +131,7 @@ class Gemma2Backbone(keras_hub.models.Backbone):
             **kwargs,
         )
         self.config = config
+        self.lora: dict | None = None
         self.token_embedding = token_embedding
         self.sequence_context = sequence_context
         self.transformer_layers = transformer_layers
@@ -176,10 +177,22 @@ class Gemma2Backbone(keras_hub.models.Backbone):
         for layer in chosen:
             layer.trainable = True
             layer.enable_lora(rank, alpha)
+        self.lora = {"rank": rank, "target_layer_names": targets, "alpha": alpha}
 
     def get_config(self) -> dict:
-        """Constructor arguments."""
-        return {**super().get_config(), **self.config.to_dict()}
+        """Constructor arguments, and those of `enable_lora` if it was called."""
+        config = {**super().get_config(), **self.config.to_dict()}
+        return config if self.lora is None else {**config, "lora": self.lora}
+
+    @classmethod
+    def from_config(cls, config):
+        """A backbone of this configuration, with new adapters where it had adapters."""
+        config = dict(config)
+        lora = config.pop("lora", None)
+        backbone = super().from_config(config)
+        if lora is not None:
+            backbone.enable_lora(**lora)
+        return backbone
 
     @classmethod
     def from_preset(cls, preset, load_weights=True, *, dtype=None):
@@ -197,3 +210,17 @@ class Gemma2Backbone(keras_hub.models.Backbone):
         from gemma2_keras.checkpoints.presets import load_backbone
 
         return load_backbone(cls, preset, load_weights=load_weights, dtype=dtype)
+
+    def save_to_preset(self, preset_dir, max_shard_size=10) -> None:
+        """Write the backbone alone, as `Gemma2CausalLM.save_to_preset` writes the whole model.
+
+        Args:
+            preset_dir: where. A preset saved there before is replaced; its tokenizer and preprocessor stay.
+            max_shard_size: most GB in one file of weights; `None` for a single file.
+
+        Raises:
+            FileExistsError: if something else than a saved preset stands there.
+        """
+        from gemma2_keras.checkpoints.presets import save_preset
+
+        save_preset(preset_dir, backbone=self, max_shard_size=max_shard_size, keep=True)

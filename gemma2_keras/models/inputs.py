@@ -44,7 +44,7 @@ def check_token_inputs(inputs: Any, vocabulary_size: int) -> None:
         check_ids(np.asarray(values), vocabulary_size)
 
 
-def check_ids(token_ids: np.ndarray, vocabulary_size: int) -> None:
+def check_ids(token_ids: np.ndarray, vocabulary_size: int, name: str = "token_ids") -> None:
     """Refuse ids outside the vocabulary.
 
     Raises:
@@ -54,7 +54,7 @@ def check_ids(token_ids: np.ndarray, vocabulary_size: int) -> None:
     if outside.any():
         place = tuple(int(i) for i in np.argwhere(outside)[0])
         raise InputError(
-            f"`token_ids` must lie between 0 and {vocabulary_size - 1}; given {int(token_ids[place])} at {place}. "
+            f"`{name}` must lie between 0 and {vocabulary_size - 1}; given {int(token_ids[place])} at {place}. "
             "Was the text tokenized with another model's tokenizer?"
         )
 

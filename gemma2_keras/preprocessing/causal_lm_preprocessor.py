@@ -231,6 +231,16 @@ class Gemma2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
         return load_preprocessor(cls, preset, **kwargs)
 
+    def save_to_preset(self, preset_dir) -> None:
+        """Write preprocessor and tokenizer alone into a preset folder; a model saved there before stays.
+
+        Raises:
+            FileExistsError: if something else than a saved preset stands there.
+        """
+        from gemma2_keras.checkpoints.presets import save_preset
+
+        save_preset(preset_dir, tokenizer=self.tokenizer, preprocessor=self, keep=True)
+
 
 def is_tokenized(x: Any) -> bool:
     """Whether `x` is data that went through a preprocessor already."""

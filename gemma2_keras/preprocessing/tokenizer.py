@@ -282,6 +282,16 @@ class Gemma2Tokenizer(keras_hub.tokenizers.Tokenizer):
 
         return load_tokenizer(cls, preset, **kwargs)
 
+    def save_to_preset(self, preset_dir) -> None:
+        """Write the tokenizer alone into a preset folder; a model saved there before stays.
+
+        Raises:
+            FileExistsError: if something else than a saved preset stands there.
+        """
+        from gemma2_keras.checkpoints.presets import save_preset
+
+        save_preset(preset_dir, tokenizer=self, keep=True)
+
 
 class IncrementalDecoder:
     """Token ids to text one at a time: a character whose bytes come in several tokens is held back until it is whole.

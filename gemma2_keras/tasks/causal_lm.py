@@ -95,7 +95,13 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
         Raises:
             FileExistsError: if something else than a saved preset stands there.
         """
-        preset_files.save_preset(preset_dir, self.backbone, self.preprocessor, max_shard_size)
+        preset_files.save_preset(
+            preset_dir,
+            backbone=self.backbone,
+            tokenizer=None if self.preprocessor is None else self.preprocessor.tokenizer,
+            preprocessor=self.preprocessor,
+            max_shard_size=max_shard_size,
+        )
 
     # Training
 
@@ -104,7 +110,8 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
 
         Args:
             optimizer: as `keras.Model.compile`; `"auto"` is Adam with a learning rate of 2e-5.
-            loss: likewise; `"auto"` is the cross-entropy of the next token.
+            loss: likewise; `"auto"` is the cross-entropy of the next token, in nats, as the mean over the tokens that
+                count; padding and prompts do not dilute it.
             weighted_metrics: likewise; `"auto"` is the share of next tokens that the model ranks first.
             sampler: how `generate` chooses tokens: a name of a KerasHub sampler, such as `"top_k"`, or an instance.
             **kwargs: as `keras.Model.compile` takes them.
@@ -114,6 +121,8 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
         """
         if isinstance(sampler, str) and sampler not in _SAMPLERS:
             raise ValueError(f"`sampler` must be one of {', '.join(_SAMPLERS)}, or an instance; given {sampler!r}.")
+        if isinstance(loss, str) and loss == "auto":
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
         super().compile(optimizer, loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
 
     def get_compile_config(self) -> dict[str, Any]:
@@ -126,7 +135,7 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
         return {**config, "sampler": keras_hub.samplers.serialize(self.sampler), "followed": followed}
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compile as the saved model was; an optimizer of adapters, which are merged when saved, starts anew."""
+        """Compile as the saved model was; an optimizer that had made a step goes on from there."""
         config = dict(config)
         sampler, followed = keras_hub.samplers.deserialize(config.pop("sampler")), config.pop("followed")
         self.compile(**keras.saving.deserialize_keras_object(config), sampler=sampler)
@@ -170,7 +179,7 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
             )
         check_token_inputs(x, self.backbone.config.vocabulary_size)
         if y is not None and not is_traced(y):
-            check_ids(ops.convert_to_numpy(y), self.backbone.config.vocabulary_size)
+            check_ids(ops.convert_to_numpy(y), self.backbone.config.vocabulary_size, "y")
         return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
 
     def fit(self, x=None, y=None, batch_size=None, *, sample_weight=None, validation_data=None, **kwargs):
@@ -401,7 +410,7 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
                     f"given {np.shape(target_ids)}."
                 )
             if not is_traced(target_ids):
-                check_ids(ops.convert_to_numpy(target_ids), self.backbone.config.vocabulary_size)
+                check_ids(ops.convert_to_numpy(target_ids), self.backbone.config.vocabulary_size, "target_ids")
         intercept = layer_intercept_fn or (lambda x, i: x)
         context = self.backbone.sequence_context(padding_mask)
         x = intercept(self.backbone.token_embedding(token_ids), -1)

@@ -80,7 +80,7 @@ def test_linear_multiplies_by_its_transposed_weight():
     np.testing.assert_allclose(array(layer(x)), x @ array(layer.weight).T, rtol=1e-5, atol=1e-6)
 
 
-def test_linear_saves_its_adapter_merged():
+def test_linear_saves_its_adapter_beside_the_weight():
     layer, x = Linear(3), normal(2, 5)
     layer.build(x.shape)
     base = array(filled(layer).weight)
@@ -90,12 +90,20 @@ def test_linear_saves_its_adapter_merged():
     layer.lora_b.assign(b)
     store = {}
     layer.save_own_variables(store)
-    np.testing.assert_allclose(store["0"], base + 5 / 2 * b @ a, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(array(layer(x)), x @ store["0"].T, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(array(layer.weight), base)
+    store = {name: array(value) for name, value in store.items()}
+    np.testing.assert_array_equal(store["0"], base)
+    expected = x @ (base + 5 / 2 * b @ a).T
+    np.testing.assert_allclose(array(layer(x)), expected, rtol=1e-5, atol=1e-5)
 
+    layer.load_own_variables({"0": base})
+    np.testing.assert_allclose(array(layer(x)), x @ base.T, rtol=1e-5, atol=1e-5)
     layer.load_own_variables(store)
-    np.testing.assert_allclose(array(layer(x)), x @ store["0"].T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(array(layer(x)), expected, rtol=1e-5, atol=1e-5)
+
+    plain = Linear(3)
+    plain.build(x.shape)
+    with pytest.raises(ValueError, match=r"adapter of rank 2.*enable_lora\(2\)"):
+        plain.load_own_variables(store)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,57 @@
+"""Parts of a preset saved one by one, as KerasHub's users do."""
+
+import numpy as np
+import pytest
+import transformers
+from keras import ops
+
+from gemma2_keras import Gemma2Backbone, Gemma2CausalLM, Gemma2CausalLMPreprocessor, Gemma2Tokenizer
+from tests.preprocessing import tiny
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.causal_lm(num_layers=1)
+
+
+def test_parts_saved_into_one_folder_make_the_whole(model, tmp_path):
+    model.backbone.save_to_preset(tmp_path / "preset")
+    model.preprocessor.save_to_preset(tmp_path / "preset")
+    again = Gemma2CausalLM.from_preset(tmp_path / "preset")
+    assert again.preprocessor.sequence_length == model.preprocessor.sequence_length
+    assert again.generate("The cat", max_new_tokens=5) == model.generate("The cat", max_new_tokens=5)
+    for a, b in zip(again.weights, model.weights, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(a), ops.convert_to_numpy(b))
+
+
+def test_a_part_saved_anew_leaves_the_others(model, tmp_path):
+    model.save_to_preset(tmp_path / "preset", max_shard_size=0.00001)
+    Gemma2Tokenizer(model.preprocessor.tokenizer.proto, parse_special=True).save_to_preset(tmp_path / "preset")
+    assert Gemma2Tokenizer.from_preset(tmp_path / "preset").parse_special
+    assert Gemma2Backbone.from_preset(tmp_path / "preset").config == model.backbone.config
+    # Shards of an earlier save do not stay beside a single file.
+    model.backbone.save_to_preset(tmp_path / "preset")
+    assert sorted(path.name for path in (tmp_path / "preset").glob("*.safetensors*")) == ["model.safetensors"]
+    assert Gemma2CausalLMPreprocessor.from_preset(tmp_path / "preset").tokenizer.parse_special
+
+
+def test_a_tokenizer_alone_is_a_preset_of_a_tokenizer(model, tmp_path):
+    model.preprocessor.tokenizer.save_to_preset(tmp_path / "tokenizer")
+    again = Gemma2Tokenizer.from_preset(tmp_path / "tokenizer")
+    assert again.encode("The cat") == model.preprocessor.tokenizer.encode("The cat")
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        Gemma2Backbone.from_preset(tmp_path / "tokenizer")
+
+
+@pytest.mark.once
+def test_whole_numbers_are_written_as_transformers_wants_them(tmp_path):
+    backbone = Gemma2Backbone(
+        64, 1, 2, 1, 8, 12, 4, 6.0, attention_logit_soft_cap=20, final_logit_soft_cap=9, rope_max_wavelength=500
+    )
+    backbone.save_to_preset(tmp_path / "preset")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "preset")
+    assert (config.query_pre_attn_scalar, config.attn_logit_softcapping, config.final_logit_softcapping) == (
+        6,
+        20.0,
+        9.0,
+    )
