@@ -13,7 +13,7 @@ from gemma2_keras import Gemma2Backbone, Gemma2CausalLM, Gemma2CausalLMPreproces
 from tools.corpus import documents
 
 NAME = "gemma2_tiny_en"
-PROMPTS = ["Once upon a time", "The sun", "The teacher", "Question: What", "A dentist works"]
+PROMPTS = ["Once upon a time", "The sun", "Long ago", "In the village", "A dentist works"]
 
 
 @pytest.fixture(scope="module")
