@@ -42,13 +42,13 @@ def read_examples(path: Path) -> list[Example]:
         OSError: if it cannot be read.
     """
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: byte {error.start}.") from error
     if path.suffix not in (".jsonl", ".json"):
         examples = [Example("", part.strip()) for part in content.split("\n\n") if part.strip()]
     else:
-        lines = enumerate(content.splitlines(), start=1)
+        lines = enumerate(content.split("\n"), start=1)
         examples = [_parsed(path, number, line) for number, line in lines if line.strip()]
     if len(examples) <= SHOWN:
         raise ValueError(f"{path} has {len(examples)} examples; at least {SHOWN + 1} are needed.")
@@ -58,9 +58,13 @@ def read_examples(path: Path) -> list[Example]:
 def _parsed(path: Path, number: int, line: str) -> Example:
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {number}: no JSON ({error}).") from error
-    texts = {key: value for key, value in entry.items() if isinstance(value, str)} if isinstance(entry, dict) else {}
+    texts = (
+        {key: value for key, value in entry.items() if isinstance(value, str) and value.strip()}
+        if isinstance(entry, dict)
+        else {}
+    )
     if texts.get("text"):
         return Example("", texts["text"])
     if not (texts.get("prompt") and texts.get("response")):

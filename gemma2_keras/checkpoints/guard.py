@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: if there is no such file, it is too large, broken, no object, or has a key twice.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} is no regular file.")
         size = path.stat().st_size
         if size > LARGEST_JSON:
             raise CheckpointError(f"{path} has {size} bytes, too many for a {path.name}.")
@@ -70,12 +72,13 @@ def file_inside(folder: Path, name: Any) -> Path:
 
 
 @contextlib.contextmanager
-def replacing_folder(folder: str | os.PathLike, marker: str) -> Iterator[Path]:
+def replacing_folder(folder: str | os.PathLike, marker: str, replaced: Callable[[str], bool]) -> Iterator[Path]:
     """Write a whole folder beside `folder`, then put it in its place; on any error the old one stays as it was.
 
     Args:
         folder: where the result shall stand. What is there may be replaced if it is empty or holds a file `marker`.
         marker: name of a file that tells a folder of ours.
+        replaced: tells by its name whether an entry of the old folder goes; all others stay.
 
     Yields:
         A new, empty folder to write into.
@@ -83,6 +86,8 @@ def replacing_folder(folder: str | os.PathLike, marker: str) -> Iterator[Path]:
     Raises:
         FileExistsError: if something else stands at `folder`.
     """
+    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+        raise TypeError(f"The folder to save to must be a path; given {folder!r}.")
     target = Path(os.path.abspath(folder))
     if target.is_symlink() or target.exists():
         ours = (
@@ -91,11 +96,13 @@ def replacing_folder(folder: str | os.PathLike, marker: str) -> Iterator[Path]:
         if not ours:
             raise FileExistsError(f"{target} exists and is no saved preset: choose another folder, or remove it first.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+    beside = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
     beside.mkdir()
+    written: set[str] = set()
     try:
         yield beside
         for path in beside.iterdir():
+            written.add(path.name)
             # As readable as the folder; safetensors writes for its owner alone.
             path.chmod(beside.stat().st_mode & 0o666)
             _flush(path)
@@ -108,6 +115,10 @@ def replacing_folder(folder: str | os.PathLike, marker: str) -> Iterator[Path]:
             except BaseException:
                 old.rename(target)
                 raise
+            # What the user keeps in the folder beside our files stays there.
+            for path in old.iterdir():
+                if not replaced(path.name) and path.name not in written:
+                    path.rename(target / path.name)
             shutil.rmtree(old)
         else:
             beside.rename(target)

@@ -40,6 +40,8 @@ def resolve(preset: str | os.PathLike) -> Path:
             raise PresetError(f"The weights of {text} are missing from this installation: install gemma2-keras again.")
         return _fetch(entry.hugging_face)
     folder = Path(text)
+    if len(text) > 4096 or "\0" in text:
+        raise PresetError(f"`preset` is no name, handle or folder: {text[:40]!r}… has {len(text)} characters.")
     if folder.is_dir():
         if not any((folder / name).is_file() for name in (CONFIG_FILE, OWN_FILE)):
             raise PresetError(f"The folder {folder} has no {CONFIG_FILE}: it is no preset and no checkpoint.")

@@ -39,11 +39,11 @@ def load_backbone(cls: type, preset: Any, *, load_weights: bool = True, dtype: A
     config = parse_config(settings)
     hyperparameters = {**config.to_dict(), "dropout": _own_settings(folder).get("dropout", 0.0)}
     if not load_weights:
-        return cls(**hyperparameters, dtype=dtype or _stored_dtype(settings) or "float32")
+        return cls(**hyperparameters, dtype=_stored_dtype(settings) or "float32" if dtype is None else dtype)
     # Read and checked whole before anything is allocated.
     checkpoint = SafetensorsCheckpoint(folder, config)
     with awaiting_weights():
-        backbone = cls(**hyperparameters, dtype=dtype or _stored_dtype(settings) or checkpoint.dtype)
+        backbone = cls(**hyperparameters, dtype=_stored_dtype(settings) or checkpoint.dtype if dtype is None else dtype)
     checkpoint.assign_to(backbone)
     return backbone
 
@@ -104,12 +104,12 @@ def save_preset(
     """
     if max_shard_size is not None and not (isinstance(max_shard_size, int | float) and max_shard_size > 0):
         raise ValueError(f"`max_shard_size` must be above 0 GB, or None; given {max_shard_size!r}.")
-    with replacing_folder(folder, OWN_FILE) as beside:
+    with replacing_folder(folder, OWN_FILE, _is_ours) as beside:
         own: dict[str, Any] = {"format": FORMAT}
         if keep and (Path(folder) / OWN_FILE).exists():
             own |= _own_settings(Path(folder))
             for path in Path(folder).iterdir():
-                if backbone is None or not _is_of_model(path.name):
+                if _is_ours(path.name) and (backbone is None or not _is_of_model(path.name)):
                     shutil.copy(path, beside)
         if backbone is not None:
             write_checkpoint(beside, backbone, max_shard_size)
@@ -125,8 +125,12 @@ def save_preset(
         write_json(beside / OWN_FILE, own)
 
 
+def _is_ours(name: str) -> bool:
+    return _is_of_model(name) or name in (OWN_FILE, TOKENIZER_FILE, GENERATION_CONFIG_FILE)
+
+
 def _is_of_model(name: str) -> bool:
-    return name in (CONFIG_FILE, INDEX_FILE) or name.endswith(".safetensors")
+    return name in (CONFIG_FILE, INDEX_FILE) or (name.startswith("model") and name.endswith(".safetensors"))
 
 
 def _own_settings(folder: Path) -> dict[str, Any]:

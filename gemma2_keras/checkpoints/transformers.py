@@ -258,7 +258,7 @@ class SafetensorsCheckpoint:
 
 def _files(folder: Path) -> dict[Path, set[str] | None]:
     """The files of weights, each with the tensors that the index promises in it (`None`: there is no index)."""
-    if (folder / WEIGHTS_FILE).exists():
+    if (folder / WEIGHTS_FILE).is_file():
         return {folder / WEIGHTS_FILE: None}
     if not (folder / INDEX_FILE).exists():
         raise CheckpointError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}: there are no weights to load.")

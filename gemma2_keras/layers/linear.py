@@ -63,8 +63,8 @@ class Linear(keras.layers.Layer):
             raise ValueError(f"Layer {self.name!r} already has an adapter of rank {self.lora_rank}.")
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise ValueError(f"`rank` must be a whole number of at least 1; given {rank!r}.")
-        if alpha is not None and not alpha > 0:
-            raise ValueError(f"`alpha` must be above 0; given {alpha!r}.")
+        if alpha is not None and not (isinstance(alpha, int | float) and 0 < alpha < float("inf")):
+            raise ValueError(f"`alpha` must be a number above 0; given {alpha!r}.")
 
     def enable_lora(self, rank: int, alpha: float | None = None) -> None:
         """Freeze the weight and add a trainable low-rank adapter, `y += (alpha / rank) x A^T B^T`.
@@ -114,6 +114,7 @@ class Linear(keras.layers.Layer):
         store["0"] = self.weight
         if self.lora_rank is not None:
             store["lora_a"], store["lora_b"] = self.lora_a, self.lora_b
+            store["lora_scale"] = np.asarray(self.lora_scale, "float32")
 
     def load_own_variables(self, store) -> None:
         """Read what `save_own_variables` wrote; an adapter that the file lacks starts from no effect.
@@ -126,6 +127,11 @@ class Linear(keras.layers.Layer):
             raise ValueError(
                 f"The file has an adapter of rank {stored} for layer {self.name!r}, whose own is {self.lora_rank}: "
                 f"call `enable_lora({stored})` before loading."
+            )
+        if stored is not None and not np.isclose(np.asarray(store["lora_scale"]), self.lora_scale):
+            raise ValueError(
+                f"The file's adapter for {self.name!r} has alpha {np.asarray(store['lora_scale']) * stored:g}, the "
+                f"layer's {self.lora_scale * stored:g}: give `enable_lora` the same `alpha` before loading."
             )
         self.weight.assign(store["0"])
         if stored is not None:

@@ -15,6 +15,16 @@ from gemma2_keras.models.inputs import check_token_inputs
 DEFAULT_LORA_TARGETS = ("q_proj", "v_proj")
 
 
+def _check_dtype(dtype) -> None:
+    """Refuse dtype policies that the model does not compute in."""
+    policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
+    floats = ("float32", "bfloat16", "float16")
+    if policy.quantization_mode or not {policy.compute_dtype, policy.variable_dtype} <= set(floats):
+        raise ValueError(
+            f"`dtype` must be {', '.join(floats)}, or a mixed policy such as mixed_bfloat16; given {policy.name}."
+        )
+
+
 @keras.saving.register_keras_serializable(package="gemma2_keras")
 class Gemma2Backbone(keras_hub.models.Backbone):
     """Gemma 2 as a Keras functional model: token ids to hidden states.
@@ -94,6 +104,7 @@ class Gemma2Backbone(keras_hub.models.Backbone):
             dropout=dropout,
             context_length=context_length,
         )
+        _check_dtype(dtype)
         token_embedding = TokenEmbedding(
             config.vocabulary_size, config.hidden_dim, config.final_logit_soft_cap, dtype=dtype, name="token_embedding"
         )
@@ -160,13 +171,16 @@ class Gemma2Backbone(keras_hub.models.Backbone):
 
         Source: LoRA (https://arxiv.org/abs/2106.09685).
         """
-        targets = list(DEFAULT_LORA_TARGETS if target_layer_names is None else target_layer_names)
+        named = DEFAULT_LORA_TARGETS if target_layer_names is None else target_layer_names
+        targets = list(named) if isinstance(named, list | tuple | set) else [named]
         layers = self._flatten_layers(include_self=False)
         linears = [layer for layer in layers if hasattr(layer, "enable_lora")]
         known = {layer.name for layer in linears}
         unknown = [name for name in targets if name not in known]
         if unknown or not targets:
-            raise ValueError(f"`target_layer_names` must be among {sorted(known)}; given {targets}.")
+            raise ValueError(
+                f"`target_layer_names` (of the task: `targets`) must be among {sorted(known)}; given {targets}."
+            )
         chosen = [layer for layer in linears if layer.name in targets]
         # Checked on every layer, those not chosen too, before any is frozen: a refused call changes nothing.
         for layer in linears:

@@ -51,12 +51,20 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
     preprocessor_cls = Gemma2CausalLMPreprocessor
 
     def __init__(self, backbone, preprocessor=None, **kwargs) -> None:
+        tokenizer = getattr(preprocessor, "tokenizer", None)
+        # A layer that is being restored gets its vocabulary later.
+        ids = 0 if tokenizer is None or tokenizer.proto is None else tokenizer.vocabulary_size()
+        if ids > backbone.config.vocabulary_size:
+            raise ValueError(
+                f"The tokenizer has {ids} ids, more than the backbone's `vocabulary_size` of "
+                f"{backbone.config.vocabulary_size}: they belong to different models."
+            )
         self.backbone = backbone
         self.preprocessor = preprocessor
         inputs = backbone.input
         outputs = backbone.token_embedding(backbone(inputs), reverse=True)
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
-        self._weights_compiled = 0
+        self._weights_compiled = len(backbone.variables)
 
     def __call__(self, inputs, *args, **kwargs):
         """Check the inputs, then run the model."""
@@ -163,8 +171,15 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
         True
         """
         self.backbone.enable_lora(rank, targets, alpha)
-        # What was traced before knows nothing of the adapters.
-        self.train_function = self.test_function = self.predict_function = None
+        self._notice_adapters()
+
+    def _notice_adapters(self) -> None:
+        """Start anew, if adapters were added, what was traced or built without them."""
+        weights = len(self.backbone.variables)
+        if weights == self._weights_compiled:
+            return
+        self._weights_compiled = weights
+        self.train_function = self.test_function = self.predict_function = self.generate_function = None
         if self.compiled and self.optimizer is not None and self.optimizer.built:
             self.optimizer = self.optimizer.from_config(self.optimizer.get_config())
 
@@ -197,6 +212,7 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
         Returns:
             `keras.callbacks.History`.
         """
+        self._notice_adapters()
         x, y, sample_weight = preprocessed(self.preprocess_samples, x, y, sample_weight)
         if validation_data is not None:
             parts = validation_data if isinstance(validation_data, tuple) else (validation_data,)
@@ -207,6 +223,7 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
 
     def evaluate(self, x=None, y=None, batch_size=None, *, sample_weight=None, **kwargs):
         """Loss and metrics, as `keras.Model.evaluate`, on what `fit` takes."""
+        self._notice_adapters()
         # Validation within `fit` comes through here with data that is prepared already.
         if not kwargs.get("_use_cached_eval_dataset"):
             x, y, sample_weight = preprocessed(self.preprocess_samples, x, y, sample_weight)
@@ -214,6 +231,7 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
 
     def predict(self, x=None, batch_size=None, **kwargs):
         """(B, T, V) logits, as `keras.Model.predict`, of what `fit` takes."""
+        self._notice_adapters()
         x, _, _ = preprocessed(self.preprocess_samples, x)
         return keras.Model.predict(self, x, batch_size, **kwargs)
 
@@ -252,7 +270,6 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
                 raise InputError(f"`{name}` must be a whole number of at least 1; given {value!r}.")
         if max_length is not None and max_new_tokens is not None:
             raise InputError("Give `max_length` or `max_new_tokens`, not both.")
-        stop_ids = self._stop_ids(stop_token_ids)
         if hasattr(inputs, "as_numpy_iterator"):
             return _joined(
                 [
@@ -260,6 +277,10 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
                     for batch in inputs.as_numpy_iterator()
                 ]
             )
+        self._notice_adapters()
+        if self.preprocessor is None:
+            check_token_inputs(inputs, self.backbone.config.vocabulary_size)
+        stop_ids = self._stop_ids(stop_token_ids)
         if self.preprocessor is None:
             return self._generate_arrays(inputs, stop_ids, strip_prompt, max_new_tokens)
         rows, single = self.preprocessor.encode_prompts(inputs)
@@ -273,7 +294,6 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
         return texts[0] if single else texts
 
     def _generate_arrays(self, inputs: Any, stop_ids: Any, strip_prompt: bool, max_new_tokens: int | None) -> dict:
-        check_token_inputs(inputs, self.backbone.config.vocabulary_size)
         token_ids = ops.convert_to_numpy(inputs["token_ids"]).astype("int32")
         given = ops.convert_to_numpy(inputs["padding_mask"]).astype(bool)
         length = token_ids.shape[1]
@@ -347,14 +367,6 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
         generate = self.make_generate_function()
         tokens = ops.convert_to_numpy(generate(inputs, stop_token_ids=stop_ids))
         return [_until_stop(row[:limit].tolist(), stop_ids) for row, limit in zip(tokens, limits, strict=True)]
-
-    def make_generate_function(self):
-        """The compiled `generate_step`, compiled anew once the backbone has other weights, as after `enable_lora`."""
-        weights = len(self.backbone.variables)
-        if weights != self._weights_compiled:
-            self.generate_function = None
-        self._weights_compiled = weights
-        return super().make_generate_function()
 
     def generate_step(self, inputs, stop_token_ids=None):
         """One compiled call of the engine, which `generate` prepares and KerasHub's `make_generate_function` compiles.

@@ -55,3 +55,22 @@ def test_whole_numbers_are_written_as_transformers_wants_them(tmp_path):
         20.0,
         9.0,
     )
+
+
+def test_what_the_user_keeps_in_the_folder_stays(model, tmp_path):
+    model.save_to_preset(tmp_path / "preset")
+    (tmp_path / "preset" / "notes.txt").write_text("mine")
+    model.save_to_preset(tmp_path / "preset" / "epoch1")
+    model.save_to_preset(tmp_path / "preset")
+    model.preprocessor.tokenizer.save_to_preset(tmp_path / "preset")
+    assert (tmp_path / "preset" / "notes.txt").read_text() == "mine"
+    for folder in ("preset", "preset/epoch1"):
+        assert Gemma2CausalLM.from_preset(tmp_path / folder).preprocessor is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["preset"]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("folder", [None, 5, ""])
+def test_a_folder_that_is_no_path(model, folder):
+    with pytest.raises(TypeError, match="must be a path"):
+        model.save_to_preset(folder)

@@ -95,6 +95,8 @@ def test_linear_saves_its_adapter_beside_the_weight():
     expected = x @ (base + 5 / 2 * b @ a).T
     np.testing.assert_allclose(array(layer(x)), expected, rtol=1e-5, atol=1e-5)
 
+    with pytest.raises(ValueError, match="same `alpha`"):
+        layer.load_own_variables({**store, "lora_scale": np.float32(1.0)})
     layer.load_own_variables({"0": base})
     np.testing.assert_allclose(array(layer(x)), x @ base.T, rtol=1e-5, atol=1e-5)
     layer.load_own_variables(store)
