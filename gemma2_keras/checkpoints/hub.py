@@ -41,7 +41,7 @@ def resolve(preset: str | os.PathLike) -> Path:
         return _fetch(entry.hugging_face)
     folder = Path(text)
     if len(text) > 4096 or "\0" in text:
-        raise PresetError(f"`preset` is no name, handle or folder: {text[:40]!r}… has {len(text)} characters.")
+        raise PresetError(f"{text[:40]!r}… leads to no preset: it is {len(text)} characters long, or holds a NUL.")
     if folder.is_dir():
         if not any((folder / name).is_file() for name in (CONFIG_FILE, OWN_FILE)):
             raise PresetError(f"The folder {folder} has no {CONFIG_FILE}: it is no preset and no checkpoint.")

@@ -258,7 +258,7 @@ class SafetensorsCheckpoint:
 
 def _files(folder: Path) -> dict[Path, set[str] | None]:
     """The files of weights, each with the tensors that the index promises in it (`None`: there is no index)."""
-    if (folder / WEIGHTS_FILE).is_file():
+    if (folder / WEIGHTS_FILE).exists():
         return {folder / WEIGHTS_FILE: None}
     if not (folder / INDEX_FILE).exists():
         raise CheckpointError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}: there are no weights to load.")
@@ -276,6 +276,8 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("no regular file")
         with safetensors.safe_open(path, framework="numpy") as file:
             yield file
     except FileNotFoundError as error:
