@@ -52,17 +52,19 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="continue a prompt")
     generate.add_argument("prompt", help="the text to continue; - reads standard input")
-    generate.add_argument(
-        "--preset", default="gemma2_tiny_en", help="name, hf:// handle or folder (default: %(default)s)"
-    )
-    generate.add_argument("--dtype", help="float32, bfloat16, float16 … (default: the checkpoint's)")
-    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
-    generate.add_argument(
-        "--sampler", default="greedy", help="greedy, top_k, top_p, random, beam … (default: %(default)s)"
-    )
-    generate.add_argument("--seed", type=int, help="make random sampling repeatable")
+    _add_generation(generate, max_new_tokens=64)
     generate.add_argument("--strip-prompt", action="store_true", help="print the continuation alone")
     generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser(
+        "chat",
+        help="talk with a model",
+        description="Talk with a model, line by line. /reset begins anew; /exit, or the end of the input, leaves.",
+    )
+    _add_generation(chat, max_new_tokens=512)
+    chat.add_argument("--system", help="instructions that stand before the conversation")
+    chat.add_argument("--stats", action="store_true", help="print tokens per second after each reply")
+    chat.set_defaults(run=_chat)
 
     presets = commands.add_parser("presets", help="list the presets, or show one")
     actions = presets.add_subparsers(required=True, metavar="ACTION")
@@ -73,19 +75,72 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _generate(options: argparse.Namespace) -> None:
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    import keras
+def _add_generation(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    parser.add_argument(
+        "--preset", default="gemma2_tiny_en", help="name, hf:// handle or folder (default: %(default)s)"
+    )
+    parser.add_argument("--dtype", help="float32, bfloat16, float16 … (default: the checkpoint's)")
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--sampler", default="greedy", help="greedy, top_k, top_p, random, beam … (default: %(default)s)"
+    )
+    parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy; higher is more varied")
+    parser.add_argument("--top-k", type=int, metavar="N", help="only the N likeliest tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="only the likeliest tokens of this probability")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    parser.add_argument("--seed", type=int, help="make random sampling repeatable")
 
+
+def _loaded(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The model, and the options of what it generates."""
     from gemma2_keras import Gemma2CausalLM
 
-    if options.seed is not None:
-        keras.utils.set_random_seed(options.seed)
     model = Gemma2CausalLM.from_preset(options.preset, dtype=options.dtype)
     if model.preprocessor is None:
         raise ValueError(f"{options.preset} has no tokenizer.model, so that it cannot read a prompt.")
     model.compile(sampler=options.sampler)
-    print(model.generate(prompt, max_new_tokens=options.max_new_tokens, strip_prompt=options.strip_prompt))
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "stop", "seed")
+    return model, {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
+def _generate(options: argparse.Namespace) -> None:
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    model, how = _loaded(options)
+    if options.sampler in ("beam", "contrastive"):
+        print(model.generate(prompt, strip_prompt=options.strip_prompt, **how))
+        return
+    for piece in model.stream(prompt, strip_prompt=options.strip_prompt, **how):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _chat(options: argparse.Namespace) -> None:
+    model, how = _loaded(options)
+    chat = model.chat(system=options.system, **how)
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if text == "/exit":
+            return
+        if text == "/reset":
+            chat.reset()
+        elif text:
+            _reply(chat, text, options.stats)
+
+
+def _reply(chat: Any, text: str, stats: bool) -> None:
+    """One turn; what goes wrong in it, or Ctrl-C, ends the turn and not the conversation."""
+    try:
+        for piece in chat.stream(text):
+            print(piece, end="", flush=True)
+    except ValueError as error:
+        print(f"gemma2-keras: {error}", file=sys.stderr)
+        return
+    except KeyboardInterrupt:
+        pass
+    print(f"\n[{chat.stats}]" if stats and chat.stats else "")
 
 
 def _list_presets(options: argparse.Namespace) -> None:

@@ -1,70 +1,161 @@
-"""Prefill and decoding steps as pure functions over token ids and an explicit cache.
+"""Prefill and decoding steps as pure functions over token ids and an explicit cache; every row has its own length.
 
-Prompts are aligned on the right: row b has `padding[b]` empty places before its first token, so that the token at
-index i of the buffer has position `i - padding[b]` in its row, and the next token of every row is written at one index.
-A ragged batch thus neither repeats prompt tokens nor shifts positions. Local layers keep a ring of their window.
+A cache is a dictionary whose every leaf has the batch as its first axis, so that rows can be gathered:
+
+    "layers"   for each layer its (keys, values), (B, slots, K, H) each; token p of a row lies at slot p % slots
+    "lengths"  (B,) int32, tokens of each row
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import keras
 from keras import ops
 
-from gemma2_keras.layers.cache import DecodeCache, PrefillCache, tokens_in_ring
-from gemma2_keras.ops.masks import PADDING
+from gemma2_keras.config import Gemma2Config
+from gemma2_keras.layers.cache import ChunkCache, StepCache, with_chunk
+from gemma2_keras.ops.cache import tokens_at_slots
 
-# What is carried from step to step; every leaf has the batch as its first axis, so that beams can be gathered.
-#   "layers": for each layer its (keys, values), (B, slots, K, H) each
-#   "padding": (B,) int32, empty places before each row's first token
 Cache = dict[str, Any]
 
+# Longest stretch of a prompt that runs at once: attention's scores then grow with the prompt, not with its square.
+CHUNK = 512
+# Slots of a ring beyond its window: so many tokens can be rolled back before one is lost that is still to be seen.
+SPARE = 64
 
-def prefill(backbone: Any, token_ids: Any, padding_mask: Any, length: int) -> tuple[Any, Any, Cache]:
-    """Run the prompts once and lay out their keys and values for decoding.
+
+def slot_counts(config: Gemma2Config, length: int) -> list[int]:
+    """Slots of each layer in a cache for rows of up to `length` tokens: a local layer needs a ring of its window."""
+    ring = min(length, config.sliding_window_size + SPARE)
+    return [ring if config.is_local(i) else length for i in range(config.num_layers)]
+
+
+def cache_bytes(config: Gemma2Config, rows: int, length: int, dtype: str) -> int:
+    """Size of a cache, known before it is made.
+
+    Args:
+        config: the model's hyperparameters.
+        rows: rows B of the batch.
+        length: tokens that each row has room for.
+        dtype: of keys and values.
+
+    >>> from gemma2_keras.config import Gemma2Config
+    >>> config = Gemma2Config(vocabulary_size=256000, num_layers=26, num_query_heads=8, num_key_value_heads=4,
+    ...                       hidden_dim=2304, intermediate_dim=9216, head_dim=256)
+    >>> cache_bytes(config, rows=1, length=1000, dtype="bfloat16")
+    106496000
+    """
+    itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
+    pair = 2 * config.num_key_value_heads * config.head_dim * itemsize
+    return rows * pair * sum(slot_counts(config, length))
+
+
+def empty_cache(backbone: Any, rows: int, length: int) -> Cache:
+    """A cache for `rows` rows of up to `length` tokens each."""
+    config = backbone.config
+    shape = (config.num_key_value_heads, config.head_dim)
+    layers = [
+        tuple(ops.zeros((rows, slots, *shape), backbone.compute_dtype) for _ in range(2))
+        for slots in slot_counts(config, length)
+    ]
+    return {"layers": layers, "lengths": ops.zeros((rows,), "int32")}
+
+
+def chunk(
+    backbone: Any, token_ids: Any, positions: Any, segments: Any = None, past: Cache | None = None
+) -> tuple[Any, list[tuple[Any, Any]]]:
+    """Run several tokens of each row behind what is cached, which stays as it is.
+
+    Several prompts can stand in one row as segments that do not see one another: short prompts are so run at once
+    without padding.
 
     Args:
         backbone: a `Gemma2Backbone`.
-        token_ids: (B, T) int32 prompts, aligned on the right.
-        padding_mask: (B, T), true at the prompts' tokens.
-        length: tokens that the buffer shall hold in all, prompts included.
+        token_ids: (B, T) int32.
+        positions: (B, T) int32 position of each token in its own prompt; `PADDING` where there is none.
+        segments: (B, T) int32, tokens see those of their own number; `None` if each row is one prompt.
+        past: cache of B rows that the tokens of segment 0 continue; `None` if nothing came before.
 
     Returns:
-        (B, V) float32 logits of the next token, (B, T, D) hidden states, and the cache.
+        (B, T, D) hidden states, and each layer's (B, T, K, H) keys and values.
     """
-    context = backbone.sequence_context(padding_mask)
-    caches = [PrefillCache() for _ in backbone.transformer_layers]
+    pasts: list[Any] = [None] * backbone.config.num_layers
+    keys, key_segments = [positions] * 2, [segments] * 2
+    if past is not None:
+        pasts = past["layers"]
+        cached = _positions_of_slots(past["lengths"], pasts)
+        keys = [ops.concatenate([old, positions], axis=1) for old in cached]
+        if segments is not None:
+            key_segments = [ops.concatenate([ops.zeros_like(old), segments], axis=1) for old in cached]
+    context = backbone.sequence_context.of_positions(positions, *keys)
+    if segments is not None:
+        context = context.within_segments(segments, *key_segments)
+    caches = [ChunkCache(pair) for pair in pasts]
     hidden = _run(backbone, token_ids, context, caches)
-    slots = _slots(backbone, length)
-    cache = {
-        "layers": [layer.laid_out(count) for layer, count in zip(caches, slots, strict=True)],
-        "padding": ops.sum(1 - ops.cast(padding_mask, "int32"), axis=1),
-    }
-    return backbone.token_embedding(hidden[:, -1], reverse=True), hidden, cache
+    return hidden, [layer.chunk for layer in caches]
 
 
-def decode_step(backbone: Any, token_ids: Any, cache: Cache, index: Any) -> tuple[Any, Any, Cache]:
-    """Run one token of each row; running the same index again overwrites it.
+def write_chunk(cache: Cache, chunks: list[tuple[Any, Any]], offsets: Any, counts: Any) -> Cache:
+    """Write what `chunk` made behind the tokens of each row.
+
+    Args:
+        cache: of B rows, with room for it.
+        chunks: each layer's (B', T, K, H) keys and values.
+        offsets: (B,) int32, where in B' x T the tokens of each row begin.
+        counts: (B,) int32, how many they are.
+    """
+    lengths = cache["lengths"]
+    layers = [
+        tuple(with_chunk(old, new, lengths, offsets, counts) for old, new in zip(pair, made, strict=True))
+        for pair, made in zip(cache["layers"], chunks, strict=True)
+    ]
+    return {"layers": layers, "lengths": lengths + counts}
+
+
+def decode_step(backbone: Any, token_ids: Any, cache: Cache) -> tuple[Any, Any, Cache]:
+    """Run one token of each row.
 
     Args:
         backbone: a `Gemma2Backbone`.
-        token_ids: (B,) int32 tokens at `index` of the buffer.
-        cache: from `prefill` or an earlier step.
-        index: int scalar, or scalar tensor.
+        token_ids: (B,) int32.
+        cache: with room for it.
 
     Returns:
-        (B, V) float32 logits of the next token, (B, 1, D) hidden states, and the cache with this token in it.
+        (B, V) float32 logits of the next token, (B, D) hidden states, and the cache with this token in it.
     """
-    padding = cache["padding"][:, None]
-    positions = index - padding
-    local, other = (
-        _key_positions(index, cache["layers"][layer % len(cache["layers"])][0].shape[1], padding) for layer in (0, 1)
-    )
-    context = backbone.sequence_context.of_positions(positions, other, local)
-    caches = [DecodeCache(keys, values, index) for keys, values in cache["layers"]]
-    hidden = _run(backbone, token_ids[:, None], context, caches)
-    cache = {"layers": [(layer.keys, layer.values) for layer in caches], "padding": cache["padding"]}
-    return backbone.token_embedding(hidden[:, -1], reverse=True), hidden, cache
+    lengths = cache["lengths"]
+    everywhere, nearby = _positions_of_slots(lengths + 1, cache["layers"])
+    context = backbone.sequence_context.of_positions(lengths[:, None], everywhere, nearby)
+    caches = [StepCache(keys, values, lengths) for keys, values in cache["layers"]]
+    hidden = _run(backbone, token_ids[:, None], context, caches)[:, 0]
+    cache = {"layers": [(layer.keys, layer.values) for layer in caches], "lengths": lengths + 1}
+    return backbone.token_embedding(hidden, reverse=True), hidden, cache
+
+
+def roll_back(cache: Cache, lengths: Any) -> Cache:
+    """The cache as it was when its rows had the given (B,) lengths.
+
+    A ring forgets what it overwrites: more than `SPARE` tokens can be taken back only while none was overwritten.
+    `can_roll_back` tells.
+    """
+    return {**cache, "lengths": ops.cast(lengths, "int32")}
+
+
+def can_roll_back(config: Gemma2Config, slots: int, length: int, to: int) -> bool:
+    """Whether a row of `length` tokens, in a cache whose local layers have `slots` slots, can return to `to` tokens."""
+    return 0 <= to <= length and (length <= slots or length - to <= slots - config.sliding_window_size + 1)
+
+
+def fork(cache: Cache, rows: Any) -> Cache:
+    """A cache of the given (B',) rows of this one, each as often as it is named."""
+    return keras.tree.map_structure(lambda x: ops.take(x, rows, axis=0), cache)
+
+
+def _positions_of_slots(lengths: Any, layers: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+    """(B, S) positions of the tokens in the buffers of a global and of a local layer (of which one may not exist)."""
+    everywhere, nearby = (layers[layer % len(layers)][0] for layer in (1, 0))
+    return tokens_at_slots(lengths, ops.shape(everywhere)[1]), tokens_at_slots(lengths, ops.shape(nearby)[1])
 
 
 def _run(backbone: Any, token_ids: Any, context: Any, caches: list) -> Any:
@@ -72,16 +163,3 @@ def _run(backbone: Any, token_ids: Any, context: Any, caches: list) -> Any:
     for layer, cache in zip(backbone.transformer_layers, caches, strict=True):
         x = layer(x, context=context, cache=cache)
     return backbone.layer_norm(x)
-
-
-def _slots(backbone: Any, length: int) -> list[int]:
-    """Slots of each layer's buffer: its window at most, if it is local."""
-    config = backbone.config
-    window = min(length, config.sliding_window_size)
-    return [window if config.is_local(i) else length for i in range(config.num_layers)]
-
-
-def _key_positions(index: Any, slots: int, padding: Any) -> Any:
-    """(B, slots) position of the token in each slot; negative where there is none."""
-    tokens = tokens_in_ring(ops.cast(index, "int32"), ops.arange(slots, dtype="int32"))[None]
-    return ops.where(tokens >= 0, ops.maximum(tokens - padding, PADDING), PADDING)

@@ -1,68 +1,83 @@
-"""Keys and values of past tokens, one pair per layer: what attention sees of it is `update_and_fetch`."""
+"""Keys and values of past tokens, one pair per layer: what attention sees of it is `update_and_fetch`.
+
+Every row of a batch has a length of its own. The token at position p of a row lies at slot p % slots: a layer that
+sees all keeps as many slots as there are tokens, a local layer a ring whose oldest tokens the newest overwrite.
+"""
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
 from keras import ops
 
+from gemma2_keras.kernels import attention, write_slots
+from gemma2_keras.ops.cache import tokens_at_slots
 
-class PrefillCache:
-    """Notes the keys and values of a whole prompt as they are made, and then lays them out for decoding."""
 
-    def __init__(self) -> None:
-        self.keys = None
-        self.values = None
+class ChunkCache:
+    """One layer's pair while a chunk of several tokens runs, which attends to itself and to what is cached.
+
+    Args:
+        past: the (B, slots, K, H) keys and values cached before; `None` if there are none.
+    """
+
+    attend = staticmethod(attention)
+
+    def __init__(self, past: tuple[Any, Any] | None) -> None:
+        self._past = past
+        self.chunk: tuple[Any, Any] = ()  # type: ignore[assignment]
 
     def update_and_fetch(self, keys, values):
-        """Keep the (B, T, K, H) keys and values of the prompt, and attend to them alone."""
-        self.keys, self.values = keys, values
-        return keys, values
-
-    def laid_out(self, slots: int):
-        """The pair as (B, slots, K, H) buffers: token t at slot t % slots, the last to write a slot staying."""
-        return self._ring(self.keys, slots), self._ring(self.values, slots)
-
-    @staticmethod
-    def _ring(x, slots: int):
-        length = x.shape[1]
-        if length <= slots:
-            return ops.pad(x, ((0, 0), (0, slots - length), (0, 0), (0, 0)))
-        return ops.take(x, tokens_in_ring(length - 1, np.arange(slots, dtype="int32")), axis=1)
+        """Note the chunk's (B, T, K, H) pair; the cached pair with this one behind it is what is attended to."""
+        self.chunk = (keys, values)
+        if self._past is None:
+            return keys, values
+        return tuple(
+            ops.concatenate([ops.cast(old, new.dtype), new], axis=1)
+            for old, new in zip(self._past, self.chunk, strict=True)
+        )
 
 
-class DecodeCache:
-    """One layer's buffers during one decoding step, which writes token `index` at slot `index % slots`.
+class StepCache:
+    """One layer's pair while one token of each row runs, which is written first.
 
     Args:
         keys: (B, slots, K, H) tensor.
-        values: (B, slots, K, H) tensor.
-        index: int scalar tensor, the token's index counted from the start of the buffer of tokens.
+        values: likewise.
+        lengths: (B,) int32, tokens of each row before this one.
     """
 
-    def __init__(self, keys, values, index) -> None:
+    attend = staticmethod(attention)
+
+    def __init__(self, keys: Any, values: Any, lengths: Any) -> None:
         self.keys = keys
         self.values = values
-        self.index = index
+        self._lengths = lengths
 
     def update_and_fetch(self, keys, values):
         """Write this step's (B, 1, K, H) pair, and attend to the whole buffers."""
-        start = (0, self.index % self.keys.shape[1], 0, 0)
-        self.keys = ops.slice_update(self.keys, start, ops.cast(keys, self.keys.dtype))
-        self.values = ops.slice_update(self.values, start, ops.cast(values, self.values.dtype))
+        slot = self._lengths % ops.shape(self.keys)[1]
+        self.keys = write_slots(self.keys, slot, keys)
+        self.values = write_slots(self.values, slot, values)
         return self.keys, self.values
 
 
-def tokens_in_ring(index, slots):
-    """Index of the token at each slot of a ring once token `index` is written; negative where none is yet.
+def with_chunk(cached: Any, chunk: Any, lengths: Any, offsets: Any, counts: Any) -> Any:
+    """Keys or values with new tokens written behind them.
 
     Args:
-        index: int, or int scalar tensor.
-        slots: (S,) array or tensor, the numbers 0 to S - 1 of the ring's slots.
+        cached: (B, slots, K, H) tensor.
+        chunk: (B', T, K, H) tensor.
+        lengths: (B,) int32, tokens of each row before.
+        offsets: (B,) int32, where in B' x T the new tokens of each row begin.
+        counts: (B,) int32, how many they are.
 
     Returns:
-        (S,) array or tensor of ints.
-
-    >>> tokens_in_ring(5, np.arange(4)).tolist()
-    [4, 5, 2, 3]
+        (B, slots, K, H) tensor.
     """
-    return index - (index - slots) % slots.shape[0]
+    place = tokens_at_slots(lengths + counts, ops.shape(cached)[1]) - lengths[:, None]
+    # A slot without a token yet has the position -1, and so a place before the chunk.
+    new = place >= 0
+    flat = ops.reshape(chunk, (-1, *chunk.shape[2:]))
+    taken = ops.take(flat, ops.where(new, offsets[:, None] + place, 0), axis=0)
+    return ops.where(new[:, :, None, None], ops.cast(taken, cached.dtype), cached)

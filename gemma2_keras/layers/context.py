@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import keras
+from keras import ops
 
 from gemma2_keras.ops.masks import causal_mask, positions_from_mask
 from gemma2_keras.ops.rotary import rotary_tables
@@ -24,6 +25,17 @@ class StepContext(NamedTuple):
     sine: Any
     global_mask: Any
     local_mask: Any
+
+    def within_segments(self, segments, global_key_segments, local_key_segments) -> StepContext:
+        """The same, each query seeing keys of its own segment alone; (B, T), (B, S) and (B, S') int numbers."""
+
+        def narrowed(mask, key_segments):
+            return ops.logical_and(mask, segments[:, :, None] == key_segments[:, None, :])
+
+        return self._replace(
+            global_mask=narrowed(self.global_mask, global_key_segments),
+            local_mask=narrowed(self.local_mask, local_key_segments),
+        )
 
     def mask(self, local: bool):
         """The mask of a local or of a global layer."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator
 
 import keras
+import numpy as np
 
 STANDARD_DEVIATION = 0.02
+# Numbers drawn at once.
+_BLOCK = 2**24
 
 _awaiting_weights: contextvars.ContextVar[bool] = contextvars.ContextVar("awaiting_weights", default=False)
 
@@ -27,4 +31,26 @@ def weight_initializer() -> keras.initializers.Initializer:
     """The initializer of every matrix: normal with deviation 0.02, or zeros inside `awaiting_weights`."""
     if _awaiting_weights.get():
         return keras.initializers.Zeros()
-    return keras.initializers.RandomNormal(stddev=STANDARD_DEVIATION)
+    return BlockwiseNormal(stddev=STANDARD_DEVIATION)
+
+
+@keras.saving.register_keras_serializable(package="gemma2_keras")
+class BlockwiseNormal(keras.initializers.RandomNormal):
+    """A normal initializer that draws a large matrix in blocks of rows.
+
+    What a backend needs beside the numbers while it draws them is several times their own size: 256,000 rows drawn at
+    once would take more memory than the whole model.
+    """
+
+    def __call__(self, shape, dtype=None):
+        """Numbers of the given shape."""
+        rows = max(1, _BLOCK // max(1, math.prod(shape[1:])))
+        if shape[0] <= rows:
+            return super().__call__(shape, dtype)
+        starts = range(0, shape[0], rows)
+        seeds = np.random.SeedSequence(self.seed).generate_state(len(starts)) >> 1
+        blocks = [
+            keras.random.normal((min(rows, shape[0] - start), *shape[1:]), self.mean, self.stddev, dtype, int(seed))
+            for start, seed in zip(starts, seeds, strict=True)
+        ]
+        return keras.ops.concatenate(blocks)

@@ -12,21 +12,17 @@ from keras import ops
 
 from gemma2_keras.checkpoints import presets as preset_files
 from gemma2_keras.errors import InputError
-from gemma2_keras.generation.sampling import sample, searches
 from gemma2_keras.models.gemma2_backbone import Gemma2Backbone
 from gemma2_keras.models.inputs import check_ids, check_token_inputs, is_traced
 from gemma2_keras.preprocessing.causal_lm_preprocessor import Gemma2CausalLMPreprocessor, is_tokenized
-from gemma2_keras.preprocessing.inputs import to_python
 from gemma2_keras.tasks.data import preprocessed
+from gemma2_keras.tasks.text_generation import TextGeneration
 
-# Prompts, and the room for what follows them, are rounded up to these, so that few lengths are compiled.
-_PROMPT_STEP = 32
-_ROOM_STEP = 64
 _SAMPLERS = ("beam", "contrastive", "greedy", "random", "top_k", "top_p")
 
 
 @keras.saving.register_keras_serializable(package="gemma2_keras")
-class Gemma2CausalLM(keras_hub.models.CausalLM):
+class Gemma2CausalLM(TextGeneration):
     """Gemma 2 with its output projection: `fit` on text, `generate` text, as `keras_hub.models.CausalLM`.
 
     Called on `{"token_ids": (B, T) int32, "padding_mask": (B, T)}` it returns (B, T, V) float32 logits.
@@ -63,6 +59,7 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
         self.preprocessor = preprocessor
         inputs = backbone.input
         outputs = backbone.token_embedding(backbone(inputs), reverse=True)
+        self.forget_programs()
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
         self._weights_compiled = len(backbone.variables)
 
@@ -132,6 +129,7 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
         if isinstance(loss, str) and loss == "auto":
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
         super().compile(optimizer, loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
+        self.forget_sampler()
 
     def get_compile_config(self) -> dict[str, Any]:
         """What `compile` was given, for a `.keras` file."""
@@ -171,15 +169,16 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
         True
         """
         self.backbone.enable_lora(rank, targets, alpha)
-        self._notice_adapters()
+        self.notice_adapters()
 
-    def _notice_adapters(self) -> None:
+    def notice_adapters(self) -> None:
         """Start anew, if adapters were added, what was traced or built without them."""
         weights = len(self.backbone.variables)
         if weights == self._weights_compiled:
             return
         self._weights_compiled = weights
-        self.train_function = self.test_function = self.predict_function = self.generate_function = None
+        self.train_function = self.test_function = self.predict_function = None
+        self.forget_programs()
         if self.compiled and self.optimizer is not None and self.optimizer.built:
             self.optimizer = self.optimizer.from_config(self.optimizer.get_config())
 
@@ -212,7 +211,7 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
         Returns:
             `keras.callbacks.History`.
         """
-        self._notice_adapters()
+        self.notice_adapters()
         x, y, sample_weight = preprocessed(self.preprocess_samples, x, y, sample_weight)
         if validation_data is not None:
             parts = validation_data if isinstance(validation_data, tuple) else (validation_data,)
@@ -223,7 +222,7 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
 
     def evaluate(self, x=None, y=None, batch_size=None, *, sample_weight=None, **kwargs):
         """Loss and metrics, as `keras.Model.evaluate`, on what `fit` takes."""
-        self._notice_adapters()
+        self.notice_adapters()
         # Validation within `fit` comes through here with data that is prepared already.
         if not kwargs.get("_use_cached_eval_dataset"):
             x, y, sample_weight = preprocessed(self.preprocess_samples, x, y, sample_weight)
@@ -231,163 +230,9 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
 
     def predict(self, x=None, batch_size=None, **kwargs):
         """(B, T, V) logits, as `keras.Model.predict`, of what `fit` takes."""
-        self._notice_adapters()
+        self.notice_adapters()
         x, _, _ = preprocessed(self.preprocess_samples, x)
         return keras.Model.predict(self, x, batch_size, **kwargs)
-
-    # Generating
-
-    def generate(self, inputs, max_length=None, stop_token_ids="auto", strip_prompt=False, *, max_new_tokens=None):
-        """Continue prompts, with the sampler chosen in `compile` (greedy by default).
-
-        Args:
-            inputs: a prompt, a list of them, `{"prompts": …}`, or a `tf.data.Dataset` of prompts or batches of them;
-                without a preprocessor, `{"token_ids": (B, L), "padding_mask": (B, L)}`, padded on the right to the
-                length to fill.
-            max_length: tokens of prompt and continuation together; by default the preprocessor's `sequence_length`,
-                or the context of the model if that is shorter. Without a preprocessor it is L.
-            stop_token_ids: ids that end a continuation; `"auto"` is `<eos>` and `<end_of_turn>`, `None` is none.
-            strip_prompt: whether to return the continuation alone.
-            max_new_tokens: tokens of the continuation, instead of `max_length`.
-
-        Returns:
-            A string for a prompt, a list of strings for a list. Without a preprocessor, a dictionary of (B, L) NumPy
-            arrays; the padding mask is true up to and including the token that ended the row.
-
-        Raises:
-            InputError: if there is no prompt, an empty one, one that leaves no room within `max_length` or the
-                context, ids outside the vocabulary, or a limit that is no whole number above 0.
-
-        Example:
-
-        >>> model = Gemma2CausalLM.from_preset("gemma2_tiny_en")
-        >>> texts = model.generate(["The sun", "Once upon a time"], max_new_tokens=4, strip_prompt=True)
-        >>> len(texts)
-        2
-        """
-        for name, value in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
-            if value is not None and (not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1):
-                raise InputError(f"`{name}` must be a whole number of at least 1; given {value!r}.")
-        if max_length is not None and max_new_tokens is not None:
-            raise InputError("Give `max_length` or `max_new_tokens`, not both.")
-        if hasattr(inputs, "as_numpy_iterator"):
-            return _joined(
-                [
-                    self.generate(batch, max_length, stop_token_ids, strip_prompt, max_new_tokens=max_new_tokens)
-                    for batch in inputs.as_numpy_iterator()
-                ]
-            )
-        self._notice_adapters()
-        if self.preprocessor is None:
-            check_token_inputs(inputs, self.backbone.config.vocabulary_size)
-        stop_ids = self._stop_ids(stop_token_ids)
-        if self.preprocessor is None:
-            return self._generate_arrays(inputs, stop_ids, strip_prompt, max_new_tokens)
-        rows, single = self.preprocessor.encode_prompts(inputs)
-        limits = self._limits(rows, max_length, max_new_tokens)
-        made = self._continue(rows, limits, stop_ids)
-        special = self.preprocessor.tokenizer.special_token_ids
-        texts = []
-        for row, new in zip(rows, made, strict=True):
-            kept = new if strip_prompt else row + new
-            texts.append(self.preprocessor.tokenizer.decode([i for i in kept if i not in special]))
-        return texts[0] if single else texts
-
-    def _generate_arrays(self, inputs: Any, stop_ids: Any, strip_prompt: bool, max_new_tokens: int | None) -> dict:
-        token_ids = ops.convert_to_numpy(inputs["token_ids"]).astype("int32")
-        given = ops.convert_to_numpy(inputs["padding_mask"]).astype(bool)
-        length = token_ids.shape[1]
-        rows = [row[mask].tolist() for row, mask in zip(token_ids, given, strict=True)]
-        limits = self._limits(rows, length, None)
-        if max_new_tokens is not None:
-            limits = [min(limit, max_new_tokens) for limit in limits]
-        output = {"token_ids": np.zeros_like(token_ids), "padding_mask": np.zeros_like(given)}
-        for i, (row, new) in enumerate(zip(rows, self._continue(rows, limits, stop_ids), strict=True)):
-            kept = new if strip_prompt else row + new
-            output["token_ids"][i, : len(kept)] = kept
-            output["padding_mask"][i, : len(kept)] = True
-        return output
-
-    def _stop_ids(self, stop_token_ids: Any) -> tuple[int, ...] | None:
-        if stop_token_ids is None:
-            return None
-        if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
-            if self.preprocessor is None:
-                raise InputError(
-                    'Without a preprocessor, `stop_token_ids="auto"` has no meaning: give ids, or None to fill up.'
-                )
-            return self.preprocessor.tokenizer.stop_token_ids
-        ids = to_python(stop_token_ids)
-        ids = ids if isinstance(ids, list) else [ids]
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            raise InputError(f'`stop_token_ids` must be token ids, "auto" or None; given {stop_token_ids!r}.')
-        vocabulary_size = self.backbone.config.vocabulary_size
-        if not all(0 <= i < vocabulary_size for i in ids):
-            raise InputError(
-                f"`stop_token_ids` must lie between 0 and {vocabulary_size - 1}; given {stop_token_ids!r}."
-            )
-        return tuple(ids)
-
-    def _limits(self, rows: list[list[int]], max_length: int | None, max_new_tokens: int | None) -> list[int]:
-        """How many tokens each row may get."""
-        context = self.backbone.config.context_length
-        if max_length is not None and max_length > context:
-            raise InputError(f"`max_length` is {max_length}, more than the model's context of {context} tokens.")
-        longest = context if max_length is None else max_length
-        if max_length is None and max_new_tokens is None and self.preprocessor is not None:
-            # Asked for a number of new tokens, only the context bounds the whole.
-            longest = min(int(self.preprocessor.sequence_length), context)
-        for i, row in enumerate(rows):
-            if not row:
-                raise InputError(f"Prompt {i} has no tokens: its padding mask is all zero.")
-            if len(row) >= longest:
-                raise InputError(
-                    f"Prompt {i} has {len(row)} tokens, which leaves no room within {longest}. Shorten the prompt"
-                    + (", or raise `max_length`." if longest < context else f"; the context is {context} tokens.")
-                )
-        room = [longest - len(row) for row in rows]
-        return room if max_new_tokens is None else [min(left, max_new_tokens) for left in room]
-
-    def _continue(self, rows: list[list[int]], limits: list[int], stop_ids: Any) -> list[list[int]]:
-        """Rows of token ids to the rows that follow them, cut after the first stop id."""
-        length = _rounded_up(max(map(len, rows)), _PROMPT_STEP)
-        # A search fills all the room there is, so it is given no more than is wanted.
-        step = 1 if searches(self.sampler) else _ROOM_STEP
-        prompt_ids = np.zeros((len(rows), length), "int32")
-        padding_mask = np.zeros((len(rows), length), "int32")
-        for i, row in enumerate(rows):
-            prompt_ids[i, length - len(row) :] = row
-            padding_mask[i, length - len(row) :] = 1
-        inputs = {
-            "prompt_ids": prompt_ids,
-            "padding_mask": padding_mask,
-            "room": np.zeros((_rounded_up(max(limits), step),), "bool"),
-            "limit": np.asarray(max(limits), "int32"),
-        }
-        generate = self.make_generate_function()
-        tokens = ops.convert_to_numpy(generate(inputs, stop_token_ids=stop_ids))
-        return [_until_stop(row[:limit].tolist(), stop_ids) for row, limit in zip(tokens, limits, strict=True)]
-
-    def generate_step(self, inputs, stop_token_ids=None):
-        """One compiled call of the engine, which `generate` prepares and KerasHub's `make_generate_function` compiles.
-
-        Args:
-            inputs: `prompt_ids` (B, T) and `padding_mask` (B, T), aligned on the right; `room` (R,), whose shape alone
-                counts; `limit`, an int scalar.
-            stop_token_ids: ids that end a row, or `None`.
-
-        Returns:
-            (B, R) int32 tokens.
-        """
-        return sample(
-            self,
-            self.sampler,
-            ops.convert_to_tensor(inputs["prompt_ids"]),
-            ops.convert_to_tensor(inputs["padding_mask"]),
-            inputs["room"].shape[0],
-            ops.convert_to_tensor(inputs["limit"]),
-            stop_token_ids,
-        )
 
     def score(
         self, token_ids, padding_mask=None, scoring_mode="logits", layer_intercept_fn=None, target_ids=None
@@ -432,21 +277,3 @@ class Gemma2CausalLM(keras_hub.models.CausalLM):
         if scoring_mode == "logits":
             return logits
         return keras.losses.sparse_categorical_crossentropy(target_ids, logits, from_logits=True)
-
-
-def _joined(made: list[Any]) -> Any:
-    """What was generated batch by batch, or prompt by prompt, as one list, or one dictionary of arrays."""
-    if made and isinstance(made[0], dict):
-        return {key: np.concatenate([part[key] for part in made]) for key in made[0]}
-    return [text for part in made for text in ([part] if isinstance(part, str) else part)]
-
-
-def _rounded_up(value: int, step: int) -> int:
-    return -(-value // step) * step
-
-
-def _until_stop(row: list[int], stop_ids: tuple[int, ...] | None) -> list[int]:
-    for i, token in enumerate(row):
-        if token in (stop_ids or ()):
-            return row[: i + 1]
-    return row

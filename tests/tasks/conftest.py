@@ -3,10 +3,16 @@ from __future__ import annotations
 import pytest
 
 from gemma2_keras import Gemma2CausalLM
-from tests.preprocessing import tiny
+from tests.tasks.sharp import sharpened
 
 
 @pytest.fixture(scope="session")
-def model() -> Gemma2CausalLM:
+def sharp() -> Gemma2CausalLM:
     """Not to be trained or compiled anew: its compiled functions serve many tests."""
-    return tiny.causal_lm()
+    return sharpened()
+
+
+@pytest.fixture(scope="session")
+def bare(sharp) -> Gemma2CausalLM:
+    """The same without a preprocessor."""
+    return Gemma2CausalLM(sharp.backbone)

@@ -8,6 +8,7 @@ from keras import ops
 
 from gemma2_keras import Gemma2CausalLM, Gemma2CausalLMPreprocessor
 from tests.preprocessing import tiny
+from tests.tasks.sharp import sharpened
 
 BACKEND = keras.backend.backend()
 TEXTS = ["The cat sat.", "The dog sat on the log.", "7 + 5 = 12", "The sky is blue."]
@@ -38,23 +39,6 @@ def most_likely(model, prompt: str, count: int) -> str:
         if ids[-1] in (1, 107):
             break
     return tokenizer.decode([i for i in ids if i > 107])
-
-
-def sharpened(**kwargs) -> Gemma2CausalLM:
-    """A model whose weights are large enough that what it says depends on what it reads."""
-    model = tiny.causal_lm(**kwargs)
-    random = np.random.default_rng(3)
-    for variable in model.weights:
-        variable.assign(random.normal(0, 0.3, variable.shape))
-    # Control tokens have no text, so none is to be the likeliest.
-    embeddings = model.backbone.token_embedding.embeddings
-    embeddings.assign(values(embeddings) * (np.arange(tiny.VOCABULARY_SIZE) > 107)[:, None])
-    return model
-
-
-@pytest.fixture(scope="module")
-def sharp() -> Gemma2CausalLM:
-    return sharpened(num_layers=2)
 
 
 # The class
@@ -437,23 +421,23 @@ def test_one_seed_gives_one_text_and_each_call_another(sharp):
     assert runs[0][0] != runs[0][1]
 
 
-class Counting(Gemma2CausalLM):
-    traces = 0
-
-    def generate_step(self, inputs, stop_token_ids=None):
-        type(self).traces += 1
-        return super().generate_step(inputs, stop_token_ids)
-
-
 @pytest.mark.skipif(BACKEND == "torch", reason="nothing is traced")
-def test_prompts_and_limits_of_one_bucket_are_compiled_once(sharp, monkeypatch):
-    monkeypatch.setattr(Counting, "traces", 0)
-    model = Counting(sharp.backbone, sharp.preprocessor)
-    for prompt, limit in (("The cat", 2), ("Once upon a time there was a", 2), ("The", 9)):
+def test_prompts_and_limits_of_one_bucket_are_compiled_once(sharp):
+    model = Gemma2CausalLM(sharp.backbone, sharp.preprocessor)
+    model.generate("The cat", max_new_tokens=2)
+    engine, compiled = model._engine, model._engine.compilations
+    assert compiled > 0
+    for prompt, limit in (("Once upon a time there was a", 2), ("The", 9), ("The cat", 30)):
         model.generate(prompt, max_new_tokens=limit)
-    assert Counting.traces == 1
-    model.generate(["The", "The cat"], max_new_tokens=2)
-    assert Counting.traces == 2
+    # The values of sampling options are no part of a program, which of them are used is.
+    model.generate("The cat", max_new_tokens=2, temperature=0.5, top_k=3)
+    sampling = engine.compilations
+    for options in ({"temperature": 1.5, "top_k": 7, "seed": 3}, {"temperature": 0.1, "top_k": 1}):
+        model.generate("The dog", max_new_tokens=3, **options)
+    assert model._engine is engine
+    assert compiled < engine.compilations == sampling
+    model.generate("The cat", max_new_tokens=2)
+    assert engine.compilations == sampling
 
 
 # Scores

@@ -1,0 +1,65 @@
+// Threads that work on one step together.
+
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <thread>
+#include <vector>
+
+namespace {
+
+// Threads meet here; spinning is what makes a hundred meetings per token cheap.
+class Barrier {
+ public:
+  explicit Barrier(int threads) : threads_(threads) {}
+  void wait() {
+    int phase = phase_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      phase_.store(phase + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; spins++) {
+      if (spins > 2000) std::this_thread::yield();
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+  }
+
+ private:
+  const int threads_;
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<int> phase_{0};
+};
+
+void team(int threads, const std::function<void(int)>& work) {
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; i++) others.emplace_back(work, i);
+  work(0);
+  for (auto& other : others) other.join();
+}
+
+// Hands out ranges of [0, n): long ones first, since memory serves long streams best, short ones to end together.
+class Ranges {
+ public:
+  void reset() { next_.store(0, std::memory_order_relaxed); }
+  bool take(int64_t n, int threads, int64_t least, int64_t* begin, int64_t* end) {
+    int64_t from = next_.load(std::memory_order_relaxed);
+    do {
+      if (from >= n) return false;
+      int64_t share = (n - from) / (2 * threads);
+      *end = from + (share > least ? share : least);
+      if (*end > n) *end = n;
+    } while (!next_.compare_exchange_weak(from, *end, std::memory_order_relaxed));
+    *begin = from;
+    return true;
+  }
+
+ private:
+  alignas(64) std::atomic<int64_t> next_{0};
+};
+
+}  // namespace

@@ -1,0 +1,1 @@
+"""Times this package beside others that do the same work, in one run: `python -m tools.bench`."""

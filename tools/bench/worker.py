@@ -1,0 +1,65 @@
+"""One contender doing one kind of work in a process of its own; prints one line of JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+
+from tools.bench.shapes import CALLS, RAGGED, SHAPES, prompts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("contender")
+    parser.add_argument("work", choices=("decode", "ragged", "calls"))
+    parser.add_argument("--backend", default="torch")
+    parser.add_argument("--size", default="mini")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new", type=int, default=32)
+    options = parser.parse_args()
+    os.environ |= {"KERAS_BACKEND": options.backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+
+    from gemma2_keras.memory import peak_bytes
+    from tools.bench.contenders import CONTENDERS
+
+    shape = SHAPES[options.size]
+    run = CONTENDERS[options.contender](shape, options.dtype)
+
+    def seconds(rows: list[list[int]], new: int) -> float:
+        began = time.perf_counter()
+        run(rows, new)
+        return time.perf_counter() - began
+
+    found: dict[str, float | int | None] = {}
+    if options.work == "decode":
+        rows = prompts((options.prompt,), shape["vocabulary_size"])
+        found["first_call_s"] = seconds(rows, options.new)
+        seconds(rows, 1)
+        # Enough tokens that what a program does once, when it is used for longer, is done.
+        seconds(rows, 48)
+        prefill = statistics.median(seconds(rows, 1) for _ in range(3))
+        # What is made after the first token, in the quickest of the runs: others use this machine, too.
+        whole = min(seconds(rows, options.new) for _ in range(3))
+        found |= {"prefill_s": prefill, "tokens_per_s": (options.new - 1) / (whole - prefill)}
+    elif options.work == "ragged":
+        rows = prompts(RAGGED, shape["vocabulary_size"])
+        seconds(rows, options.new)
+        whole = min(seconds(rows, options.new) for _ in range(3))
+        found |= {"total_s": whole, "tokens_per_s": len(rows) * options.new / whole}
+    else:
+        began = time.perf_counter()
+        for length, new in CALLS:
+            compilations = run(prompts((length,), shape["vocabulary_size"]), new)
+        found |= {"total_s": time.perf_counter() - began, "compilations": compilations}
+    found["peak_bytes"] = peak_bytes()
+    print(json.dumps(found))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
