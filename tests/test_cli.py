@@ -43,6 +43,45 @@ def test_generate_prints_what_the_model_says(preset, capsys, monkeypatch):
     assert "The cat" + capsys.readouterr().out == expected + "\n"
 
 
+@pytest.mark.once
+def test_how_tokens_are_chosen_is_asked_for(preset, capsys):
+    model = Gemma2CausalLM.from_preset(preset)
+    how = {"temperature": 5.0, "top_k": 40, "top_p": 0.9, "seed": 3}
+    expected = model.generate("The cat", max_new_tokens=6, **how)
+    flags = [word for name, value in how.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert main(["generate", "The cat", "--preset", preset, "--max-new-tokens", "6", *flags]) == 0
+    assert capsys.readouterr().out == expected + "\n"
+    assert expected != model.generate("The cat", max_new_tokens=6)
+    assert (
+        main(["generate", "The cat", "--preset", preset, "--max-new-tokens", "6", "--stop", "cat", "--stop", "x"]) == 0
+    )
+    model.compile(sampler="beam")
+    beam = model.generate("The cat", max_new_tokens=3)
+    capsys.readouterr()
+    assert main(["generate", "The cat", "--preset", preset, "--max-new-tokens", "3", "--sampler", "beam"]) == 0
+    assert capsys.readouterr().out == beam + "\n"
+
+
+def test_a_conversation_is_read_line_by_line(preset, capsys, monkeypatch):
+    chat = Gemma2CausalLM.from_preset(preset).chat(system="Be kind.", max_new_tokens=3)
+    first, second = chat.send("The cat"), chat.send("The dog")
+    chat.reset()
+    again = chat.send("The dog")
+    monkeypatch.setattr("sys.stdin", io.StringIO("The cat\n\nThe dog\n/reset\nThe dog\n/exit\nThe end\n"))
+    assert main(["chat", "--preset", preset, "--max-new-tokens", "3", "--system", "Be kind."]) == 0
+    assert capsys.readouterr().out == f"{first}\n{second}\n{again}\n"
+
+
+@pytest.mark.once
+def test_what_goes_wrong_in_a_turn_does_not_end_the_conversation(preset, capsys, monkeypatch):
+    reply = Gemma2CausalLM.from_preset(preset).chat(max_new_tokens=3).send("The cat")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{'The cat ' * 40}\nThe cat\n"))
+    assert main(["chat", "--preset", preset, "--max-new-tokens", "3", "--stats"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("gemma2-keras: The conversation has")
+    assert captured.out.startswith(reply) and "3 new tokens" in captured.out
+
+
 def test_a_seed_makes_a_random_text_repeatable(preset, capsys):
     texts = []
     for seed in (1, 1, 2):

@@ -94,7 +94,11 @@ def threads() -> int:
 
 def is_on_cpu(tensor: Any) -> bool:
     """Whether a tensor of any backend lies in the CPU's memory."""
-    return tensor.__dlpack_device__()[0] == _CPU
+    try:
+        return tensor.__dlpack_device__()[0] == _CPU
+    except (BufferError, RuntimeError, TypeError, ValueError):
+        # An array that is spread over several devices lies in no single memory.
+        return False
 
 
 def address(tensor: Any) -> tuple[int, Any]:

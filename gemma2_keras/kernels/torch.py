@@ -39,7 +39,9 @@ def attention(query: Any, key: Any, value: Any, mask: Any, scale: float, cap: fl
 
 
 def write_slots(buffer: Any, slots: Any, values: Any) -> Any:
-    """As `ops.cache.write_slots`, in place."""
+    """As `ops.cache.write_slots`, in place, where the rows of the buffer have memory of their own."""
+    # A beam search hands over one row many times; then each gets its copy.
+    buffer = buffer.contiguous()
     buffer[torch.arange(buffer.shape[0], device=buffer.device), slots] = values[:, 0].to(buffer.dtype)
     return buffer
 

@@ -1,5 +1,6 @@
 """What the README shows, runs."""
 
+import io
 import pathlib
 import re
 import shlex
@@ -27,8 +28,9 @@ COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if lin
 
 @pytest.mark.once
 @pytest.mark.parametrize("line", COMMANDS)
-def test_command_line_runs(line, capsys):
-    assert cli.main(shlex.split(line)[1:]) == 0
+def test_command_line_runs(line, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is ice?\n"))
+    assert cli.main(shlex.split(line, comments=True)[1:]) == 0
     assert capsys.readouterr().out.strip()
 
 

@@ -19,7 +19,7 @@ NOTES = FOLDER / "notes.md"
 
 def write(stored: dict[str, Any]) -> None:
     """Write all three."""
-    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
     rows = [row for row in ROWS if row.name in stored["rows"]]
     _plot(rows, stored)
