@@ -79,7 +79,8 @@ def test_what_goes_wrong_in_a_turn_does_not_end_the_conversation(preset, capsys,
     assert main(["chat", "--preset", preset, "--max-new-tokens", "3", "--stats"]) == 0
     captured = capsys.readouterr()
     assert captured.err.startswith("gemma2-keras: The conversation has")
-    assert captured.out.startswith(reply) and "3 new tokens" in captured.out
+    assert captured.out.startswith(reply)
+    assert "3 new tokens" in captured.out
 
 
 def test_a_seed_makes_a_random_text_repeatable(preset, capsys):

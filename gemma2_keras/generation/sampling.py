@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import keras_hub
@@ -15,6 +15,11 @@ from gemma2_keras.errors import InputError
 
 # Below every logit, and finite: sums and differences with it stay numbers.
 EXCLUDED = -1e30
+# Logits so far below the greatest have no probability; a lower one tells nothing more.
+_LOWEST = -1e4
+_LEAST_TEMPERATURE = 1e-30
+# The smallest number that no backend takes for zero.
+_TINY = 1.2e-38
 # Halvings of the interval between the least and the greatest value: below the distance of neighbouring float32.
 _HALVINGS = 40
 _NOISE_BITS = 23
@@ -42,7 +47,8 @@ class Sampling:
         forbidden_tokens: ids that are never chosen.
         logits_processors: functions of each row's token ids so far, a list of B lists, and (B, V) float32 logits as a
             NumPy array, that return new logits. They run first, in their order, once for each token.
-        sampler: a `keras_hub.samplers.Sampler` of one's own, whose `get_next_token` chooses among what is left.
+        sampler: a `keras_hub.samplers.Sampler` of one's own, whose `get_next_token` chooses among what is left, after
+            its own temperature.
 
     Raises:
         InputError: if a number is outside what is allowed.
@@ -83,10 +89,8 @@ class Sampling:
             raise InputError(f"`logit_bias` must map token ids to numbers; given {type(self.logit_bias).__name__}.")
         for token, bias in self.logit_bias.items():
             _require(f"logit_bias[{token!r}]", bias, lambda x: True, "a finite number")
-        if isinstance(self.forbidden_tokens, str) or not all(_is_whole(i) for i in self.forbidden_tokens):
-            raise InputError(f"`forbidden_tokens` must be token ids; given {self.forbidden_tokens!r}.")
-        if callable(self.logits_processors) or not all(callable(f) for f in self.logits_processors):
-            raise InputError(f"`logits_processors` must be a list of functions; given {self.logits_processors!r}.")
+        _require_all("forbidden_tokens", self.forbidden_tokens, _is_whole, "a list of token ids")
+        _require_all("logits_processors", self.logits_processors, callable, "a list of functions")
 
     @property
     def is_greedy(self) -> bool:
@@ -100,7 +104,7 @@ class Sampling:
         if self.repetition_penalty != 1:
             names.append("repetition_penalty")
         names += [name for name in ("presence_penalty", "frequency_penalty") if getattr(self, name)]
-        if self.logit_bias or self.forbidden_tokens:
+        if self.logit_bias or len(self.forbidden_tokens):
             names.append("bias")
         if not self.is_greedy:
             names.append("noise")
@@ -123,7 +127,9 @@ class Sampling:
         values = {
             name: np.asarray(getattr(self, name), "float32") for name in self.uses if name not in ("bias", "noise")
         }
-        values["temperature"] = np.asarray(self.temperature or 1.0, "float32")
+        values["temperature"] = np.asarray(
+            max(self.temperature, _LEAST_TEMPERATURE) if self.temperature else 1.0, "float32"
+        )
         if "bias" in self.uses:
             bias = np.zeros(vocabulary_size, "float32")
             for name, tokens in (("logit_bias", self.logit_bias), ("forbidden_tokens", self.forbidden_tokens)):
@@ -161,7 +167,8 @@ def sampling_of(sampler: Any, overrides: Mapping[str, Any]) -> Sampling:
         case known.TopPSampler() if type(sampler) is known.TopPSampler:
             chosen |= {"temperature": sampler.temperature, "top_p": sampler.p, "top_k": sampler.k}
         case _:
-            chosen |= {"temperature": sampler.temperature, "sampler": sampler}
+            # It divides by its own temperature itself.
+            chosen["sampler"] = sampler
     return Sampling(**{**chosen, **{name: value for name, value in overrides.items() if value is not None}})
 
 
@@ -224,8 +231,9 @@ def choose(logits: Any, values: dict[str, Any], noise: Any, uses: tuple[str, ...
 
 
 def kept(logits: Any, values: dict[str, Any], uses: tuple[str, ...]) -> Any:
-    """(B, V) logits over the temperature, with `EXCLUDED` for tokens that a filter leaves out."""
-    logits = ops.where(logits > EXCLUDED, logits / values["temperature"], EXCLUDED)
+    """(B, V) logits, less the greatest, over the temperature, with `EXCLUDED` for tokens that a filter leaves out."""
+    below = (logits - ops.max(logits, axis=-1, keepdims=True)) / values["temperature"]
+    logits = ops.where(logits > EXCLUDED, ops.maximum(below, _LOWEST), EXCLUDED)
 
     def keep(condition):
         return ops.where(condition, logits, EXCLUDED)
@@ -238,7 +246,7 @@ def kept(logits: Any, values: dict[str, Any], uses: tuple[str, ...]) -> Any:
         logits = keep(logits >= ops.max(logits, axis=-1, keepdims=True) + ops.log(values["min_p"]))
     if "typical_p" in uses:
         probabilities = ops.softmax(logits, axis=-1)
-        surprise = -ops.log(ops.maximum(probabilities, 1e-38))
+        surprise = -ops.log(ops.maximum(probabilities, _TINY))
         expected = ops.sum(probabilities * surprise, axis=-1, keepdims=True)
         nearness = ops.where(probabilities > 0, -ops.abs(surprise - expected), EXCLUDED)
         logits = keep(nearness >= _threshold(nearness, probabilities, values["typical_p"]))
@@ -300,7 +308,7 @@ def _passed(weights: Any, share: Any) -> tuple[Any, Any]:
     index = ops.minimum(index, weights.shape[-1] - 1)
     weight = ops.take_along_axis(weights, index[:, None], axis=-1)[:, 0]
     before = ops.take_along_axis(running, index[:, None], axis=-1)[:, 0] - weight
-    rest = (target[:, 0] - before) / ops.maximum(weight, 1e-38)
+    rest = (target[:, 0] - before) / ops.maximum(weight, _TINY)
     return index, ops.clip(rest, 0.0, 1.0 - 2.0**-_NOISE_BITS)
 
 
@@ -312,6 +320,12 @@ def _require(name: str, value: Any, holds: Callable[[Any], bool], allowed: str) 
     number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not holds(value):
         raise InputError(f"`{name}` must be {allowed}; given {value!r}.")
+
+
+def _require_all(name: str, values: Any, holds: Callable[[Any], bool], allowed: str) -> None:
+    several = isinstance(values, Sequence | Set | np.ndarray) and not isinstance(values, str)
+    if not several or not all(map(holds, values)):
+        raise InputError(f"`{name}` must be {allowed}; given {values!r}.")
 
 
 GREEDY = Sampling(temperature=0.0)

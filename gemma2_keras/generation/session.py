@@ -92,13 +92,16 @@ class Session:
         self._programs = programs
         self._room = length
         self._native = NativeModel(backbone) if is_supported(backbone) else None
+        size = _bucket(length) if STATIC_SHAPES else length
         if self._native is None:
-            self._cache = engine.empty_cache(backbone, rows, _bucket(length) if STATIC_SHAPES else length)
+            self._cache = engine.empty_cache(backbone, rows, size)
         else:
-            self._cache = self._native.empty_cache(rows, length)
+            self._cache = self._native.empty_cache(rows, size)
         # Tokens of each row in the cache, and the state after the last of its tokens where that is known.
         self._cached = [0] * rows
         self._states: list[Any] = [None] * rows
+        # The most tokens of each row that its buffers have held: what the rings have overwritten depends on it.
+        self._reached = [0] * rows
         self._ended: set[int] = set()
 
     # Given tokens
@@ -114,6 +117,11 @@ class Session:
                 raise InputError(f"Row {i} would hold {len(row) + len(new)} tokens; there is room for {self._room}.")
         for row, new in zip(self.ids, rows, strict=True):
             row.extend(int(token) for token in new)
+        for row, ids in enumerate(self.ids):
+            # A row that lost tokens runs its last one again, for its state.
+            if self._states[row] is None and self._cached[row] == len(ids) > 0:
+                self._take_back(row, len(ids) - 1)
+        self._set_lengths()
         waiting = [(row, cached, len(self.ids[row])) for row, cached in enumerate(self._cached)]
         for segments in _packed([part for part in waiting if part[1] < part[2]]):
             self._run(segments)
@@ -127,28 +135,32 @@ class Session:
         Args:
             lengths: how many tokens of each row stay, at most those that it has.
         """
-        config, slots = self._programs.backbone.config, int(self._cache["layers"][0][0].shape[1])
-        for row, length in enumerate(lengths):
-            if length == len(self.ids[row]):
-                continue
-            del self.ids[row][length:]
-            self._states[row] = None
-            # The last token is run once more, for its state.
-            to = min(max(length - 1, 0), self._cached[row])
-            self._cached[row] = to if engine.can_roll_back(config, slots, self._cached[row], to) else 0
-        self._set_lengths()
+        self._forget(lengths)
         self.extend([[]] * len(self.ids))
+
+    def _forget(self, lengths: Sequence[int]) -> None:
+        for row, length in enumerate(lengths):
+            if length < len(self.ids[row]):
+                del self.ids[row][length:]
+                self._states[row] = None
+                self._take_back(row, min(length, self._cached[row]))
+
+    def _take_back(self, row: int, length: int) -> None:
+        """Keep the first `length` tokens of a row in the cache, or none if its rings have lost what they would see."""
+        config, slots = self._programs.backbone.config, int(self._cache["layers"][0][0].shape[1])
+        self._reached[row] = max(self._reached[row], self._cached[row])
+        kept = engine.can_roll_back(config, slots, self._reached[row], length)
+        self._cached[row] = length if kept else 0
+        if not kept:
+            self._reached[row] = 0
 
     def become(self, rows: Sequence[Sequence[int]]) -> None:
         """Make the rows hold these tokens, running only what differs from the tokens they hold."""
         kept = [_common(old, new) for old, new in zip(self.ids, rows, strict=True)]
-        for i, (old, new) in enumerate(zip(self.ids, rows, strict=True)):
+        for i, new in enumerate(rows):
             if len(new) > self._room:
                 raise InputError(f"Row {i} would hold {len(new)} tokens; there is room for {self._room}.")
-            # A row that only loses tokens runs its last one again.
-            if kept[i] == len(new) < len(old):
-                kept[i] -= 1
-        self.roll_back(kept)
+        self._forget(kept)
         self.extend([new[length:] for new, length in zip(rows, kept, strict=True)])
 
     def fork(self, rows: Sequence[int]) -> Session:
@@ -158,6 +170,7 @@ class Session:
         copy.ids = [list(self.ids[row]) for row in rows]
         copy._cached = [self._cached[row] for row in rows]
         copy._states = [self._states[row] for row in rows]
+        copy._reached = [self._reached[row] for row in rows]
         copy._ended = set()
         index = np.asarray(rows, "int32")
         if self._native is None:
@@ -236,6 +249,8 @@ class Session:
             who has seen enough leaves.
         """
         for row, limit in enumerate(limits):
+            if not self.ids[row]:
+                raise InputError(f"Row {row} has no tokens to continue.")
             if len(self.ids[row]) + limit > self._room:
                 raise InputError(
                     f"Row {row} has {len(self.ids[row])} tokens and room for {self._room}, not {limit} more."
@@ -341,6 +356,7 @@ class Session:
         if sampling.sampler is None:
             state = self._programs.pick(logits, state, chance, values, stops, uses=sampling.uses)
         else:
+            values = {name: ops.convert_to_tensor(value) for name, value in values.items()}
             logits = adjusted(ops.convert_to_tensor(logits), values, *loop.counts(state), sampling.uses)
             logits = kept(logits, values, sampling.uses)
             tokens = sampling.sampler.get_next_token(sampling.sampler.compute_probabilities(logits))
@@ -380,7 +396,7 @@ def _processed(processor: Any, ids: list[list[int]], logits: np.ndarray) -> np.n
         )
     if np.isnan(changed).any():
         raise InputError(f"Logits processor {name} returned logits that are no numbers.")
-    return np.maximum(changed, EXCLUDED)
+    return np.clip(changed, EXCLUDED, -EXCLUDED)
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

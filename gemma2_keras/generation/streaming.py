@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 
 from gemma2_keras.memory import peak_bytes
 from gemma2_keras.preprocessing.tokenizer import Gemma2Tokenizer, IncrementalDecoder
@@ -55,7 +55,7 @@ class TextAssembler:
     Args:
         tokenizer: of the tokens; its control tokens give no text.
         stop_ids: tokens that end the row.
-        stop: strings that end the row, wherever token borders lie; the text ends before the first of them.
+        stop: strings that end the row, wherever token borders lie; the text ends before the one that is whole first.
 
     Attributes:
         reason: why the row ended; `None` while it goes on.
@@ -78,10 +78,12 @@ class TextAssembler:
         """The text that is final with this token; nothing once the row has ended."""
         if self.reason is not None:
             return ""
-        if token_id in self._stop_ids:
-            self.reason = "stop_token"
-            return self._released(self._decoder.finish(), last=True)
-        return self._released("" if token_id in self._silent else self._decoder.push(token_id))
+        text = "" if token_id in self._silent else self._decoder.push(token_id)
+        if token_id not in self._stop_ids:
+            return self._released(text)
+        text = self._released(text + self._decoder.finish(), last=True)
+        self.reason = self.reason or "stop_token"
+        return text
 
     def finish(self) -> str:
         """The rest, once no token will come."""
@@ -93,10 +95,11 @@ class TextAssembler:
 
     def _released(self, text: str, last: bool = False) -> str:
         text = self._held + text
-        ends = [at for at in map(text.find, self._stop) if at >= 0]
-        if ends:
+        # The one that is whole first ends the row, so that it does not matter how the text was cut into tokens.
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
             self.reason, self._held = "stop_string", ""
-            return text[: min(ends)]
+            return text[: min(found)[1]]
         keep = 0 if last else self._possible_beginning(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -118,7 +121,7 @@ class TextStream:
         stats: `GenerationStats`, once the stream has ended.
     """
 
-    def __init__(self, pieces: Iterator[str | GenerationStats]) -> None:
+    def __init__(self, pieces: Generator[str | GenerationStats]) -> None:
         self.text = ""
         self.stats: GenerationStats | None = None
         self._pieces = pieces
@@ -133,6 +136,10 @@ class TextStream:
                 return piece
             self.stats = piece
         raise StopIteration
+
+    def close(self) -> None:
+        """Make no more."""
+        self._pieces.close()
 
     def show(self) -> str:
         """Print the pieces as they come, then the statistics.

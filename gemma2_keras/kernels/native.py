@@ -5,11 +5,13 @@ Where there is no compiler everything works without them, at the speed of the po
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -71,11 +73,12 @@ _SIGNATURES: dict[str, tuple[Any, tuple]] = {
 @functools.cache
 def library() -> Any:
     """The kernels as a `ctypes` library; `None` where they cannot be compiled."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None or os.name != "posix":
+    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("clang++") or ""]
+    if not compiler[0] or os.name != "posix":
         return None
     try:
-        found = ctypes.CDLL(str(_compiled(compiler)))
+        with _cache_folder() as folder:
+            found = ctypes.CDLL(str(_compiled(compiler, Path(folder))))
     except (OSError, subprocess.SubprocessError):
         return None
     for name, (result, arguments) in _SIGNATURES.items():
@@ -153,14 +156,13 @@ _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype, _capsule_pointer.argtypes = _Pointer, (ctypes.py_object, ctypes.c_char_p)
 
 
-def _compiled(compiler: str) -> Path:
-    """The library's file, compiled unless an earlier run on such a machine did."""
+def _compiled(compiler: list[str], cache: Path) -> Path:
+    """The library's file in a folder, compiled unless an earlier run on such a machine did."""
     folder = resources.files("gemma2_keras.kernels")
     sources = {name: folder.joinpath(name).read_bytes() for name in _SOURCES}
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_COMPILE_SECONDS).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=_COMPILE_SECONDS).stdout
     parts = [*sources.values(), version, " ".join(_FLAGS).encode(), _processor().encode()]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()
-    cache = _cache_folder()
     target = cache / f"native-{key[:20]}.so"
     if not target.exists():
         # Written beside and renamed: whoever compiles at the same time sees a whole file or none.
@@ -168,23 +170,23 @@ def _compiled(compiler: str) -> Path:
             for name, source in sources.items():
                 Path(beside, name).write_bytes(source)
             built = Path(beside, "native.so")
-            command = [compiler, *_FLAGS, str(Path(beside, _SOURCES[0])), "-o", str(built)]
+            command = [*compiler, *_FLAGS, str(Path(beside, _SOURCES[0])), "-o", str(built)]
             subprocess.run(command, capture_output=True, check=True, timeout=_COMPILE_SECONDS)
             built.rename(target)
     return target
 
 
-def _cache_folder() -> Path:
-    """A folder that only this user can write to: code is loaded from it."""
+def _cache_folder() -> contextlib.AbstractContextManager[str]:
+    """A folder that only this user can write to, since code is loaded from it; where there is none, a passing one."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(home, "gemma2_keras")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK) and not folder.stat().st_mode & 0o022:
-            return folder
+            return contextlib.nullcontext(str(folder))
     except OSError:
         pass
-    return Path(tempfile.mkdtemp(prefix="gemma2_keras-"))
+    return tempfile.TemporaryDirectory(prefix="gemma2_keras-")
 
 
 def _processor() -> str:

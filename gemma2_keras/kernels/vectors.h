@@ -154,18 +154,33 @@ void map(float* x, int64_t n, F f) {
 // additions is the same for any number of rows, so that a row's result does not depend on the batch around it.
 template <int Rows, class W>
 inline void dot(const W* w, const float* x, int64_t stride, int64_t n, float* y) {
-  Vec total[Rows] = {};
+  Vec total[Rows] = {}, odd[Rows] = {};
   int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    Vec even_weight = load(w + i), odd_weight = load(w + i + kLanes);
+    for (int b = 0; b < Rows; b++) {
+      total[b] += even_weight * load(x + b * stride + i);
+      odd[b] += odd_weight * load(x + b * stride + i + kLanes);
+    }
+  }
   for (; i + kLanes <= n; i += kLanes) {
     Vec weight = load(w + i);
     for (int b = 0; b < Rows; b++) total[b] += weight * load(x + b * stride + i);
+  }
+  for (int b = 0; b < Rows; b++) total[b] += odd[b];
+  if (i < n) {
+    float rest[kLanes] = {}, other[kLanes] = {};
+    for (int64_t j = i; j < n; j++) rest[j - i] = to_float(w[j]);
+    Vec weight = load(rest);
+    for (int b = 0; b < Rows; b++) {
+      std::memcpy(other, x + b * stride + i, (n - i) * sizeof(float));
+      total[b] += weight * load(other);
+    }
   }
   if (Rows == 8)
     sums(total, y);
   else
     for (int b = 0; b < Rows; b++) y[b] = sum(total[b]);
-  for (; i < n; i++)
-    for (int b = 0; b < Rows; b++) y[b] += to_float(w[i]) * x[b * stride + i];
 }
 
 template <class W>

@@ -75,7 +75,7 @@ def turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
     Raises:
         InputError: as `encode_chat`.
     """
-    if isinstance(messages, str | Mapping) or not messages:
+    if not isinstance(messages, list | tuple) or not messages:
         raise InputError(f'Messages are a list of {{"role": …, "content": …}} with at least one; given {messages!r}.')
     found: list[tuple[str, str]] = []
     system = ""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,13 +13,14 @@ from gemma2_keras.errors import InputError
 from gemma2_keras.generation.session import Session
 from gemma2_keras.generation.streaming import GenerationStats, TextAssembler, TextStream
 from gemma2_keras.preprocessing.chat_template import begin_reply, encode_turn, end_turn, require_turns, turns
-from gemma2_keras.tasks.generating import Request, streamed
+from gemma2_keras.tasks.generating import SAMPLING_OPTIONS, Request, check_lengths, check_names, streamed
 
 if TYPE_CHECKING:
     from gemma2_keras.tasks.text_generation import TextGeneration
 
 # Room that a reply shall find at least, when nothing else was asked for.
 _REPLY = 256
+_OPTIONS = SAMPLING_OPTIONS | {"max_new_tokens", "stop_token_ids", "stop", "seed"}
 
 
 class Chat:
@@ -36,7 +38,8 @@ class Chat:
 
     Attributes:
         messages: `{"role": …, "content": …}` of all turns, forgotten ones too; the system text is not among them.
-        stats: `GenerationStats` of the last reply; its `prompt_tokens` are those that were run for it.
+        stats: `GenerationStats` of the last reply, whose `prompt_tokens` are those that were run for it; `None` if it
+            was left before its end.
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class Chat:
             raise InputError(f'`when_full` must be "forget" or "raise"; given {when_full!r}.')
         if system is not None and (not isinstance(system, str) or not system.strip()):
             raise InputError(f"`system` must be text, or None; given {system!r}.")
+        check_names("chat", options, _OPTIONS)
+        check_lengths(None, options.get("max_new_tokens"))
         context = model.backbone.config.context_length
         length = context if max_length is None else max_length
         if not isinstance(length, int | np.integer) or isinstance(length, bool) or not 1 <= length <= context:
@@ -73,6 +78,7 @@ class Chat:
         # What is remembered: a user's text, and the tokens of the model's turn that followed.
         self._turns: list[tuple[str, list[int]]] = []
         self._session: Session | None = None
+        self._last: weakref.ref[TextStream] | None = None
 
     def send(self, text: str, **options: Any) -> str:
         """The model's reply to a message.
@@ -93,7 +99,12 @@ class Chat:
             A `TextStream`.
         """
         turns([{"role": "user", "content": text}])
+        check_names("chat", options, _OPTIONS)
+        if self._last is not None and (last := self._last()) is not None:
+            # A stream that was left but is still held would go on behind this turn.
+            last.close()
         options = {**self._options, **options}
+        check_lengths(None, options.get("max_new_tokens"))
         limit = options.pop("max_new_tokens", None)
         kept, ids, room = self._fitting(text, min(_REPLY, self._length // 4) if limit is None else limit)
         asked = (
@@ -101,20 +112,22 @@ class Chat:
         )
         stop_token_ids, stop, seed = asked
         request, assembler = self._model._request(
-            [ids], None, stop_token_ids, room if limit is None else limit, stop, seed, options
+            [ids], None, room if limit is None else limit, stop_token_ids, stop, seed, options
         )
         self._model._require_one_token_at_a_time()
-        return TextStream(self._replied(text, kept, ids, request, assembler()))
+        stream = TextStream(self._replied(text, kept, ids, request, assembler()))
+        self._last = weakref.ref(stream)
+        return stream
 
     def _replied(
         self, text: str, kept: list[tuple[str, list[int]]], ids: list[int], request: Request, assembler: TextAssembler
-    ) -> Iterator[str | GenerationStats]:
+    ) -> Generator[str | GenerationStats]:
         began = time.perf_counter()
         if self._session is None:
             self._session = Session(self._model._engine, 1, self._length)
         session, before = self._session, self._session.prefilled
         session.become([ids])
-        said = ""
+        said, failed, self.stats = "", False, None
         try:
             for piece in streamed(session, request, assembler, began, session.prefilled - before):
                 if isinstance(piece, str):
@@ -122,16 +135,22 @@ class Chat:
                 else:
                     self.stats = piece
                 yield piece
+        except Exception:
+            failed = True
+            raise
         finally:
-            made = session.ids[0][len(ids) :]
-            if assembler.reason == "stop_token":
-                made = made[:-1]
-            elif assembler.reason != "length":
-                # What was made goes beyond the text that was given.
-                made = self._tokenizer.encode(said)
-            reply = [*begin_reply(self._tokenizer), *made, *end_turn(self._tokenizer)]
-            self._turns = [*kept, (text, reply)]
-            self.messages += [{"role": "user", "content": text}, {"role": "model", "content": said}]
+            # A reply that was left, or interrupted, counts as far as it went; one that failed does not.
+            if not failed:
+                made = session.ids[0][len(ids) :]
+                if assembler.reason == "stop_token":
+                    # The turn's end stands behind it in any case.
+                    made = made[:-1] if made[-1] in self._tokenizer.special_token_ids else made
+                elif assembler.reason != "length":
+                    # What was made goes beyond the text that was given.
+                    made = self._tokenizer.encode(said)
+                reply = [*begin_reply(self._tokenizer), *made, *end_turn(self._tokenizer)]
+                self._turns = [*kept, (text, reply)]
+                self.messages += [{"role": "user", "content": text}, {"role": "model", "content": said}]
 
     def _fitting(self, text: str, least: int) -> tuple[list[tuple[str, list[int]]], list[int], int]:
         """The turns that are kept, all tokens up to the beginning of the reply, and the room behind them."""

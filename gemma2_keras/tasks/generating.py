@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from typing import Any
 
 import keras
@@ -22,6 +22,17 @@ from gemma2_keras.preprocessing.inputs import to_python
 
 # Rows beyond this gain little: the weights are then read for so many that computing takes longer than reading.
 _MOST_ROWS = 32
+
+
+# What `generate` takes beside its own arguments; a sampler of one's own is chosen in `compile`.
+SAMPLING_OPTIONS = frozenset(field.name for field in dataclasses.fields(Sampling)) - {"sampler"}
+
+
+def check_names(function: str, options: Mapping[str, Any], known: Set[str]) -> None:
+    """Refuse keyword arguments that nobody reads, as Python itself does."""
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +89,7 @@ def run(
     request: Request,
     assembler: Callable[[], TextAssembler] | None,
     searched: Callable[[list[list[int]], int], np.ndarray] | None,
-    progress: Any,
+    verbose: Any,
 ) -> tuple[list[Made], GenerationStats]:
     """Continue all rows, as many at a time as memory allows.
 
@@ -87,7 +98,7 @@ def run(
         request: what is asked.
         assembler: makes the text of a row; `None` without a tokenizer.
         searched: continues rows by a sampler that searches; `None` for one that does not.
-        progress: called with the number of rows that are done.
+        verbose: 1 shows a progress bar, 0 none; `"auto"` shows one for more rows than are run at once.
 
     Returns:
         What each row has come to, and what it took.
@@ -95,6 +106,8 @@ def run(
     made: list[Made] = []
     prompt_tokens, prefill, decode = 0, 0.0, 0.0
     size = rows_at_once(engine.backbone, max(map(sum, zip(map(len, request.rows), request.limits, strict=True))))
+    shown = verbose == 1 or (verbose == "auto" and len(request.rows) > size)
+    progress = keras.utils.Progbar(len(request.rows), unit_name="prompt") if shown else None
     for start in range(0, len(request.rows), size):
         part = request.part(start, start + size)
         began = time.perf_counter()
@@ -106,7 +119,8 @@ def run(
         decode += time.perf_counter() - first
         prompt_tokens += sum(map(len, part.rows))
         made += batch
-        progress(len(made))
+        if progress is not None:
+            progress.update(len(made))
     new = sum(len(row.ids) for row in made)
     return made, GenerationStats(prompt_tokens, new, prefill, decode, tuple(row.reason for row in made))
 
@@ -163,7 +177,7 @@ class _Row:
 
 def streamed(
     session: Session, request: Request, assembler: TextAssembler, began: float, prompt_tokens: int
-) -> Iterator[str | GenerationStats]:
+) -> Generator[str | GenerationStats]:
     """The text of a session of one row, piece by piece, then what it took; the session holds the prompt already.
 
     Args:
@@ -214,14 +228,8 @@ def limits_of(
         max_new_tokens: tokens of the continuation that were asked for.
 
     Raises:
-        InputError: if a limit is no whole number above 0 or over the context, both are given, or a prompt is empty or
-            leaves no room.
+        InputError: if a limit is over the context, or a prompt is empty or leaves no room.
     """
-    for name, value in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
-        if value is not None and (not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1):
-            raise InputError(f"`{name}` must be a whole number of at least 1; given {value!r}.")
-    if max_length is not None and max_new_tokens is not None:
-        raise InputError("Give `max_length` or `max_new_tokens`, not both.")
     if max_length is not None and max_length > context:
         raise InputError(f"`max_length` is {max_length}, more than the model's context of {context} tokens.")
     longest = context if max_length is None else int(max_length)
@@ -238,6 +246,19 @@ def limits_of(
             )
     room = [longest - len(row) for row in rows]
     return room if max_new_tokens is None else [min(left, int(max_new_tokens)) for left in room]
+
+
+def check_lengths(max_length: Any, max_new_tokens: Any) -> None:
+    """Refuse limits that are no whole numbers above 0, and both at once.
+
+    Raises:
+        InputError: which one, and what is allowed.
+    """
+    for name, value in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
+        if value is not None and (not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1):
+            raise InputError(f"`{name}` must be a whole number of at least 1; given {value!r}.")
+    if max_length is not None and max_new_tokens is not None:
+        raise InputError("Give `max_length` or `max_new_tokens`, not both.")
 
 
 def stop_ids_of(stop_token_ids: Any, tokenizer: Any, vocabulary_size: int) -> tuple[int, ...]:
@@ -283,22 +304,10 @@ def check_seed(seed: Any) -> None:
         raise InputError(f"`seed` must be a whole number of at least 0, or None; given {seed!r}.")
 
 
-def progress_bar(verbose: Any, rows: int) -> Callable[[int], None]:
-    """What shows how many rows are done: nothing, or a bar.
-
-    Args:
-        verbose: 0, 1, or `"auto"`, which shows a bar for more rows than are run at once.
-        rows: how many there are.
-
-    Raises:
-        InputError: if `verbose` is something else.
-    """
+def check_verbose(verbose: Any) -> None:
+    """Refuse what is not 0, 1 or "auto"."""
     if verbose not in (0, 1, "auto"):
         raise InputError(f'`verbose` must be 0, 1 or "auto"; given {verbose!r}.')
-    if verbose == 0 or (verbose == "auto" and rows <= _MOST_ROWS):
-        return lambda done: None
-    bar = keras.utils.Progbar(rows, unit_name="prompt")
-    return bar.update
 
 
 def arrays_of(rows: list[list[int]], made: list[list[int]], shape: tuple[int, int], strip_prompt: bool) -> dict:

@@ -12,11 +12,12 @@ import numpy as np
 from keras import ops
 
 from gemma2_keras.errors import InputError
-from gemma2_keras.generation.sampling import Sampling, sampling_of
+from gemma2_keras.generation.sampling import sampling_of
 from gemma2_keras.generation.search import search, searches
 from gemma2_keras.generation.session import Engine, Session
 from gemma2_keras.generation.streaming import TextAssembler, TextStream
 from gemma2_keras.models.inputs import check_token_inputs
+from gemma2_keras.preprocessing.inputs import to_python
 from gemma2_keras.tasks import generating
 from gemma2_keras.tasks.chat import Chat
 
@@ -93,16 +94,10 @@ class TextGeneration(keras_hub.models.CausalLM):
         >>> one == model.generate(["The cat", "The sun"], max_new_tokens=8, temperature=0.8, top_p=0.9, seed=1)[1]
         True
         """
+        generating.check_lengths(max_length, max_new_tokens)
+        generating.check_verbose(verbose)
         if hasattr(inputs, "as_numpy_iterator"):
-            if return_stats:
-                raise InputError("`return_stats` is for a prompt or a list of prompts, not for a dataset.")
-            options = {"max_new_tokens": max_new_tokens, "stop": stop, "seed": seed, "verbose": 0, **sampling}
-            return _joined(
-                [
-                    self.generate(batch, max_length, stop_token_ids, strip_prompt, **options)
-                    for batch in inputs.as_numpy_iterator()
-                ]
-            )
+            inputs = _joined(list(inputs.as_numpy_iterator()))
         single, shape = False, (0, 0)
         if self.preprocessor is None:
             check_token_inputs(inputs, self.backbone.config.vocabulary_size)
@@ -111,12 +106,11 @@ class TextGeneration(keras_hub.models.CausalLM):
             rows, shape = generating.rows_of(inputs), tuple(inputs["token_ids"].shape)
         else:
             rows, single = self.preprocessor.encode_prompts(inputs)
-        request, assembler = self._request(rows, max_length, stop_token_ids, max_new_tokens, stop, seed, sampling)
-        if self.preprocessor is None:
-            room = [shape[1] - len(row) for row in rows]
-            request = dataclasses.replace(request, limits=list(map(min, request.limits, room)))
-        progress = generating.progress_bar(verbose, len(rows))
-        made, stats = generating.run(self._engine, request, assembler, self._searched(request), progress)
+        bounds = (max_length, max_new_tokens) if self.preprocessor is not None else (shape[1], None)
+        request, assembler = self._request(rows, *bounds, stop_token_ids, stop, seed, sampling)
+        if self.preprocessor is None and max_new_tokens is not None:
+            request = dataclasses.replace(request, limits=[min(limit, max_new_tokens) for limit in request.limits])
+        made, stats = generating.run(self._engine, request, assembler, self._searched(request), verbose)
         if self.preprocessor is None:
             result = generating.arrays_of(rows, [row.ids for row in made], shape, strip_prompt)
         else:
@@ -168,7 +162,8 @@ class TextGeneration(keras_hub.models.CausalLM):
         if not isinstance(prompt, str):
             raise InputError(f"`stream` takes one prompt, a string; given {type(prompt).__name__}.")
         rows, _ = self.preprocessor.encode_prompts(prompt)
-        request, assembler = self._request(rows, max_length, stop_token_ids, max_new_tokens, stop, seed, sampling)
+        generating.check_lengths(max_length, max_new_tokens)
+        request, assembler = self._request(rows, max_length, max_new_tokens, stop_token_ids, stop, seed, sampling)
         self._require_one_token_at_a_time()
 
         def pieces():
@@ -204,20 +199,23 @@ class TextGeneration(keras_hub.models.CausalLM):
         return Chat(self, system, max_length, when_full, **options)
 
     def _request(
-        self, rows, max_length, stop_token_ids, max_new_tokens, stop, seed, sampling
+        self, rows, max_length, max_new_tokens, stop_token_ids, stop, seed, sampling
     ) -> tuple[generating.Request, Any]:
         """What the arguments of `generate` ask for, and what makes the text of a row (`None` without a tokenizer)."""
         self.notice_adapters()
         config = self.backbone.config
         tokenizer = None if self.preprocessor is None else self.preprocessor.tokenizer
         bound = None if self.preprocessor is None else int(self.preprocessor.sequence_length)
-        limits = generating.limits_of(rows, config.context_length, bound, max_length, max_new_tokens)
         stop_ids = generating.stop_ids_of(stop_token_ids, tokenizer, config.vocabulary_size)
+        limits = generating.limits_of(rows, config.context_length, bound, max_length, max_new_tokens)
         strings = generating.stop_strings_of(stop)
         generating.check_seed(seed)
-        unknown = set(sampling) - {field.name for field in dataclasses.fields(Sampling)} | {"sampler"} & set(sampling)
-        if unknown:
-            raise TypeError(f"generate() got an unexpected keyword argument {sorted(unknown)[0]!r}.")
+        generating.check_names("generate", sampling, generating.SAMPLING_OPTIONS)
+        if searches(self.sampler) and any(value is not None for value in sampling.values()):
+            raise InputError(
+                f"{type(self.sampler).__name__} chooses by itself: {', '.join(sorted(sampling))} has no place in it. "
+                "Choose another sampler in `compile`."
+            )
         chosen = sampling_of(self.sampler, sampling)
         # Refused here, before anything is run.
         chosen.values(config.vocabulary_size)
@@ -251,11 +249,6 @@ class TextGeneration(keras_hub.models.CausalLM):
         """What continues rows by the chosen sampler, if it is one that searches."""
         if not searches(self.sampler):
             return None
-        if request.sampling.uses not in ((), ("noise",)) or request.sampling.logits_processors:
-            raise InputError(
-                f"{type(self.sampler).__name__} chooses by itself: penalties, biases, filters and processors have no "
-                "place in it. Choose another sampler in `compile`."
-            )
         if self._search is None:
             self._search = self._engine.program(functools.partial(search, self, self.sampler))
 
@@ -288,15 +281,22 @@ class TextGeneration(keras_hub.models.CausalLM):
             A dictionary of (B, L) NumPy arrays.
         """
         check_token_inputs(inputs, self.backbone.config.vocabulary_size)
-        return type(self)(self.backbone).generate(inputs, stop_token_ids=stop_token_ids)
+        bare = type(self)(self.backbone)
+        bare.compile(sampler=self.sampler)
+        bare._compiled_engine = self._engine
+        return bare.generate(inputs, stop_token_ids=stop_token_ids)
 
     def make_generate_function(self):
         """`generate_step`; the engine compiles what it runs by itself."""
         return self.generate_step
 
 
-def _joined(made: list[Any]) -> Any:
-    """What was generated batch by batch, or prompt by prompt, as one list, or one dictionary of arrays."""
-    if made and isinstance(made[0], dict):
-        return {key: np.concatenate([part[key] for part in made]) for key in made[0]}
-    return [text for part in made for text in ([part] if isinstance(part, str) else part)]
+def _joined(batches: list[Any]) -> Any:
+    """The batches of a dataset, or its single prompts, as one."""
+    if batches and isinstance(batches[0], dict) and "prompts" not in batches[0]:
+        return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+    prompts: list[str] = []
+    for batch in batches:
+        texts = to_python(batch["prompts"] if isinstance(batch, dict) else batch)
+        prompts += [texts] if isinstance(texts, str) else texts
+    return prompts

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -7,11 +11,13 @@ from keras import ops
 
 from gemma2_keras import Gemma2CausalLM
 from gemma2_keras.errors import InputError
+from gemma2_keras.generation.sampling import Sampling
 from tests.preprocessing import tiny
 
 IDS = np.array([[2, 480, 490]], "int32")
 MASK = np.ones_like(IDS)
 SIZE = tiny.VOCABULARY_SIZE
+INFINITE, NO_NUMBER = float("inf"), float("nan")
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +193,94 @@ def test_stop_ids_that_are_none_are_refused(model, stop, message):
         model.generate("The cat", max_new_tokens=2, stop_token_ids=stop)
 
 
+BAD_OPTIONS = [
+    *(("temperature", value, "a number of at least 0") for value in (-0.1, "hot", True, [1.0], INFINITE, NO_NUMBER)),
+    *(("top_k", value, "a whole number of at least 1, or None") for value in (0, -1, 1.5, "5", True, [5])),
+    *(
+        (name, value, "above 0 and at most 1, or None")
+        for name in ("top_p", "min_p", "typical_p")
+        for value in (0, -0.5, 1.01, "0.9", True, NO_NUMBER)
+    ),
+    *(("repetition_penalty", value, "a number above 0") for value in (0, -1, "1", True, INFINITE)),
+    *(
+        (name, value, "a finite number")
+        for name in ("presence_penalty", "frequency_penalty")
+        for value in (INFINITE, NO_NUMBER, "1", True, [1])
+    ),
+    *(("logit_bias", value, "map token ids to numbers") for value in ([(1, 2.0)], "a", 5)),
+    *(("logit_bias", {500: value}, "a finite number") for value in (-INFINITE, NO_NUMBER, "1", None)),
+    *(("logit_bias", {token: 1.0}, "ids from 0 to 559") for token in (SIZE, -1, "a", 1.5, True)),
+    *(("forbidden_tokens", value, "token ids") for value in ("500", [1.5], ["a"], [None], [True], [[500]], 500)),
+    *(("forbidden_tokens", value, "ids from 0 to 559") for value in ([SIZE], [-1])),
+    *(("logits_processors", value, "a list of functions") for value in (print, [None], ["a"], 5, "a")),
+    *(("seed", value, "a whole number of at least 0, or None") for value in (-1, 1.5, "1", True, [1])),
+    *(
+        ("stop", value, "a string, or a list of strings")
+        for value in ("", [""], 5, ["a", None], [["a"]], {"a": 1}, True)
+    ),
+    *(("verbose", value, '0, 1 or "auto"') for value in (2, -1, "yes", None, [1])),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), BAD_OPTIONS)
+def test_options_that_are_none_are_refused(model, name, value, allowed):
+    with pytest.raises(InputError, match=f"`{name}.* {re.escape(allowed)}.*given ") as error:
+        model.generate("The cat", max_new_tokens=2, **{name: value})
+    parts = [part for item in value.items() for part in item] if isinstance(value, dict) else [value]
+    parts += value if isinstance(value, list) else []
+    assert any(shown in str(error.value) for part in parts for shown in (repr(part), type(part).__name__))
+
+
+def test_every_option_has_bad_values_here():
+    taken = set(inspect.signature(Gemma2CausalLM.generate).parameters) - {"self", "inputs", "sampling", "strip_prompt"}
+    options = {field.name for field in dataclasses.fields(Sampling)} - {"sampler"}
+    # Of the others, these have tests of their own.
+    elsewhere = {"max_length", "max_new_tokens", "stop_token_ids", "return_stats"}
+    assert {name for name, _, _ in BAD_OPTIONS} | elsewhere == taken | options
+
+
+def test_forbidding_every_token_is_refused(model):
+    with pytest.raises(InputError, match="`forbidden_tokens` forbids every token"):
+        model.generate("The cat", max_new_tokens=2, forbidden_tokens=range(SIZE))
+
+
+@pytest.mark.parametrize("name", ["temprature", "sampler", "max_tokens", "values"])
+def test_an_unknown_option_is_refused(model, name):
+    for method in (model.generate, model.stream, lambda text, **options: model.chat().send(text, **options)):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            method("The cat", **{name: 1})
+
+
+def test_what_a_processor_gives_is_checked(model):
+    def halved(ids, logits):
+        return logits[:, ::2]
+
+    def undefined(ids, logits):
+        return logits * float("nan")
+
+    for processor, message in (
+        (halved, r"Logits processor halved must return logits of shape \(1, 560\); it gave \(1, 280\)"),
+        (undefined, "Logits processor undefined returned logits that are no numbers"),
+        (lambda ids, logits: None, "Logits processor <lambda>"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model.generate("The cat", max_new_tokens=2, logits_processors=[processor])
+
+
+def test_a_processor_that_excludes_everything_still_gives_a_token(model):
+    def nothing(ids, logits):
+        return np.full_like(logits, -np.inf)
+
+    for options in ({}, {"temperature": 1.0, "top_p": 0.5, "typical_p": 0.5}):
+        options = {"max_new_tokens": 2, "logits_processors": [nothing], "return_stats": True, **options}
+        assert model.generate("The cat", **options)[1].new_tokens in (1, 2)
+
+
+def test_options_for_text_are_refused_without_a_preprocessor(bare):
+    with pytest.raises(InputError, match="`stop` needs a preprocessor"):
+        bare.generate({"token_ids": IDS, "padding_mask": MASK}, stop_token_ids=None, stop="a")
+
+
 @pytest.mark.parametrize("sampler", ["zebra", 5, "Greedy"])
 def test_an_unknown_sampler_is_refused(bare, sampler):
     with pytest.raises(ValueError, match=rf"sampler.*{sampler}"):
@@ -233,3 +327,14 @@ class Broken(keras.utils.PyDataset):
 def test_a_bad_batch_in_a_dataset_is_named(model):
     with pytest.raises(InputError, match="1 is an empty string"):
         model.evaluate(Broken(), verbose=0)
+
+
+def test_options_of_a_dataset_are_checked(model):
+    tensorflow = pytest.importorskip("tensorflow")
+    dataset = tensorflow.data.Dataset.from_tensor_slices(["The cat"])
+    with pytest.raises(InputError, match="`temperature` must be"):
+        model.generate(dataset, temperature=-1)
+    with pytest.raises(InputError, match="`verbose` must be"):
+        model.generate(dataset, verbose="yes", max_new_tokens=1)
+    texts, stats = model.generate(dataset, max_new_tokens=1, return_stats=True)
+    assert (len(texts), stats.new_tokens) == (1, 1)

@@ -64,7 +64,9 @@ def portable(monkeypatch):
 
 
 def whole_rows(programs, network):
-    run = programs.program(lambda token_ids, padding_mask: network({"token_ids": token_ids, "padding_mask": padding_mask}))
+    run = programs.program(
+        lambda token_ids, padding_mask: network({"token_ids": token_ids, "padding_mask": padding_mask})
+    )
 
     def call(rows):
         """What a network makes of whole rows, each padded on the right: (B, 64, …)."""

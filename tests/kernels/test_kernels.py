@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -69,7 +70,7 @@ def problem(seed, batch, length, keys, groups, key_heads, size):
 def test_attention_is_that_of_the_portable_operation(seed, batch, length, keys, groups, key_heads, size, cap):
     query, key, value, mask = problem(seed, batch, length, keys, groups, key_heads, size)
     found, expected = (
-        array(run(lambda *x, f=f: f(*x, 0.4, cap), query, key, value, mask))
+        array(run(lambda *x, f=f: f(*x, 0.1, cap), query, key, value, mask))
         for f in (kernels.attention, portable.attention)
     )
     sees = mask.any(-1)
@@ -107,22 +108,19 @@ def test_attention_in_half_precision_errs_no_more_than_the_portable_operation(ca
 
 def test_attention_reads_tensors_that_lie_in_pieces():
     query, key, value, mask = problem(5, 2, 5, 7, 2, 2, 6)
-    mask[:, :, 0] = True
-    expected = array(run(lambda *x: kernels.attention(*x, 0.4, 10.0), query, key, value, mask))
-
-    def turned(query, key, value, mask):
-        key, value = (ops.transpose(x, (0, 2, 1, 3)) for x in (key, value))
-        return kernels.attention(query, key, value, ops.transpose(mask, (0, 2, 1)), 0.4, 10.0)
-
-    given_turned = (query, *(np.ascontiguousarray(x.swapaxes(1, 2)) for x in (key, value)), mask.swapaxes(1, 2).copy())
-    np.testing.assert_allclose(array(run(turned, *given_turned)), expected, rtol=1e-6, atol=1e-6)
+    whole = [ops.convert_to_tensor(x) for x in (query, key, value, mask)]
+    pieces = [ops.convert_to_tensor(np.ascontiguousarray(x.swapaxes(1, 2))) for x in (query, key, value, mask)]
+    found = kernels.attention(*(ops.swapaxes(x, 1, 2) for x in pieces), 0.4, 10.0)
+    np.testing.assert_allclose(array(found), array(kernels.attention(*whole, 0.4, 10.0)), rtol=1e-6, atol=1e-6)
 
 
 # Slots
 
 
 @settings(max_examples=20 if BACKEND == "torch" else 5)
-@given(st.lists(st.integers(0, 6), min_size=4, max_size=4), st.sampled_from(["float32", "bfloat16"]), st.integers(0, 99))
+@given(
+    st.lists(st.integers(0, 6), min_size=4, max_size=4), st.sampled_from(["float32", "bfloat16"]), st.integers(0, 99)
+)
 def test_slots_are_written_as_by_the_portable_operation(slots, dtype, seed):
     buffer = ops.cast(normal(4, 7, 2, 3, seed=seed), dtype)
     values, slots = normal(4, 1, 2, 3, seed=seed + 1), np.asarray(slots, "int32")
@@ -314,14 +312,15 @@ def test_the_library_is_compiled_once_into_a_folder_of_the_user_alone(anew, monk
 def test_other_flags_and_other_processors_have_libraries_of_their_own(anew, monkeypatch, tmp_path):
     lines = "[ $1 = --version ] && exit 0; for last; do :; done; echo text > $last"
     fake = script(tmp_path, lines)
-    native._compiled(fake)
-    native._compiled(fake)
+    anew.mkdir()
+    native._compiled([fake], anew)
+    native._compiled([fake], anew)
     assert len(names(anew)) == 1
     monkeypatch.setattr(native, "_FLAGS", ("-O0",))
-    native._compiled(fake)
+    native._compiled([fake], anew)
     assert len(names(anew)) == 2
     monkeypatch.setattr(native, "_processor", lambda: "another")
-    native._compiled(fake)
+    native._compiled([fake], anew)
     assert len(names(anew)) == 3
 
 
@@ -331,23 +330,27 @@ def test_a_folder_that_others_may_write_to_is_not_used(anew, monkeypatch, tmp_pa
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     anew.mkdir()
     anew.chmod(mode)
-    folder = native._cache_folder()
-    assert folder != anew
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    with native._cache_folder() as folder:
+        assert Path(folder) != anew
+        assert stat.S_IMODE(Path(folder).stat().st_mode) == 0o700
+    # Only a folder that is used again stays.
+    assert not Path(folder).exists()
 
 
 @pytest.mark.once
 def test_a_file_in_the_place_of_the_folder_is_no_hindrance(anew, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     anew.write_text("a file")
-    assert native._cache_folder().is_dir()
+    with native._cache_folder() as folder:
+        assert Path(folder).is_dir()
 
 
 # The package itself would import a backend, which takes longer than compiling.
 COMPILING = """
 import importlib.util, sys
-spec = importlib.util.spec_from_file_location("gemma2_keras.kernels", sys.argv[1], submodule_search_locations=[sys.argv[2]])
-sys.modules["gemma2_keras.kernels"] = importlib.util.module_from_spec(spec)
+name, path, folder = "gemma2_keras.kernels", *sys.argv[1:]
+spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=[folder])
+sys.modules[name] = importlib.util.module_from_spec(spec)
 from gemma2_keras.kernels import native
 assert native.library().gemma2_logits
 """

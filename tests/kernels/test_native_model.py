@@ -178,14 +178,18 @@ def test_half_precision_errs_no_more_than_the_portable_model(policy, adapted_exp
 
 def test_the_embedding_factor_is_rounded_to_the_compute_dtype():
     # The root of 59 is 7.68; the nearest bfloat16 is 7.6875. Without blocks' branches it scales the logits alone.
-    half = network.__wrapped__("bfloat16", hidden_dim=59, num_layers=1, layer_norm_epsilon=100.0, final_logit_soft_cap=None)
+    half = network.__wrapped__(
+        "bfloat16", hidden_dim=59, num_layers=1, layer_norm_epsilon=100.0, final_logit_soft_cap=None
+    )
     block = half.transformer_layers[0]
     for norm in (block.post_attention_layernorm, block.post_feedforward_layernorm):
         norm.weight.assign(-np.ones(59, "float32"))
     table, weight = (array(ops.cast(w, "float32")) for w in (half.token_embedding.embeddings, half.layer_norm.weight))
     x = table[tokens()[:, 0]].astype("float64") * 7.6875
     states = x / np.sqrt((x**2).mean(-1, keepdims=True) + 100.0) * (1 + weight)
-    found = NativeModel(half).step(NativeModel(half).empty_cache(ROWS, 1), tokens()[:, 0].copy(), np.zeros(ROWS, "uint8"))
+    found = NativeModel(half).step(
+        NativeModel(half).empty_cache(ROWS, 1), tokens()[:, 0].copy(), np.zeros(ROWS, "uint8")
+    )
     close(found, states @ table.T, atol=1e-5)
 
 

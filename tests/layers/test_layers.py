@@ -7,9 +7,12 @@ import math
 import keras
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from keras import ops
 
 from gemma2_keras.layers.attention import Attention
+from gemma2_keras.layers.cache import ChunkCache, StepCache, with_chunk
 from gemma2_keras.layers.context import SequenceContext
 from gemma2_keras.layers.decoder_block import DecoderBlock
 from gemma2_keras.layers.embedding import TokenEmbedding
@@ -231,6 +234,59 @@ def test_weights_await_a_checkpoint_as_zeros():
     assert array(random.weight).all()
 
 
+# Caches
+
+
+@settings(max_examples=25)
+@given(
+    lengths=st.tuples(*[st.integers(0, 9)] * 3),
+    counts=st.tuples(*[st.integers(0, 8)] * 3),
+    slots=st.sampled_from([4, 17]),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+def test_new_tokens_are_written_behind_those_of_their_row(lengths, counts, slots, dtype):
+    """Each row against a ring that is written token by token; the chunk is two rows that tokens of three share."""
+    cached, chunk = normal(3, slots, 2, 5), normal(2, 12, 2, 5, seed=1)
+    # Numbers that bfloat16 has, too.
+    cached, chunk = (np.round(x * 8) / 8 for x in (cached, chunk))
+    offsets = np.cumsum([0, *counts])[:3]
+    expected = cached.copy()
+    for row, (length, offset, count) in enumerate(zip(lengths, offsets, counts, strict=True)):
+        for i in range(count):
+            expected[row, (length + i) % slots] = chunk.reshape(24, 2, 5)[offset + i]
+    found = with_chunk(
+        ops.cast(cached, dtype),
+        ops.convert_to_tensor(chunk),
+        *(ops.convert_to_tensor(np.asarray(x, "int32")) for x in (lengths, offsets, counts)),
+    )
+    assert keras.backend.standardize_dtype(found.dtype) == dtype
+    np.testing.assert_array_equal(array(ops.cast(found, "float32")), expected)
+
+
+def test_a_chunk_attends_to_itself_and_to_what_was_cached_before():
+    keys, values = ops.convert_to_tensor(normal(2, 3, 2, 4)), ops.convert_to_tensor(normal(2, 3, 2, 4, seed=1))
+    alone = ChunkCache(None)
+    assert alone.update_and_fetch(keys, values) == (keys, values)
+    past = tuple(ops.cast(normal(2, 5, 2, 4, seed=seed), "bfloat16") for seed in (2, 3))
+    behind = ChunkCache(past)
+    for found, old, new in zip(behind.update_and_fetch(keys, values), past, (keys, values), strict=True):
+        assert found.dtype == new.dtype
+        np.testing.assert_array_equal(array(found)[:, :5], array(ops.cast(old, "float32")))
+        np.testing.assert_array_equal(array(found)[:, 5:], array(new))
+    assert alone.chunk == behind.chunk == (keys, values)
+
+
+def test_a_step_is_written_at_the_place_of_its_row_before_it_is_attended_to():
+    buffers = [normal(3, 4, 2, 5, seed=seed) for seed in (0, 1)]
+    new = [normal(3, 1, 2, 5, seed=seed) for seed in (2, 3)]
+    cache = StepCache(*(ops.convert_to_tensor(x.copy()) for x in buffers), ops.convert_to_tensor([0, 3, 9], "int32"))
+    fetched = cache.update_and_fetch(*map(ops.convert_to_tensor, new))
+    for found, kept, buffer, value in zip(fetched, (cache.keys, cache.values), buffers, new, strict=True):
+        buffer[np.arange(3), [0, 3, 1]] = value[:, 0]
+        np.testing.assert_array_equal(array(found), buffer)
+        np.testing.assert_array_equal(array(kept), buffer)
+
+
 # Examples in docstrings
 
 
@@ -240,6 +296,7 @@ def test_weights_await_a_checkpoint_as_zeros():
         "config",
         "errors",
         "ops.attention",
+        "ops.cache",
         "ops.feed_forward",
         "ops.masks",
         "ops.norm",

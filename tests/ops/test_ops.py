@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from keras import ops
 
 from gemma2_keras.ops.attention import attention, soft_cap
+from gemma2_keras.ops.cache import tokens_at_slots, write_slots
 from gemma2_keras.ops.feed_forward import gated_gelu
-from gemma2_keras.ops.masks import causal_mask, positions_from_mask
+from gemma2_keras.ops.masks import PADDING, causal_mask, positions_from_mask
 from gemma2_keras.ops.norm import rms_norm
 from gemma2_keras.ops.rotary import apply_rotary, rotary_tables
 
@@ -195,3 +196,33 @@ def test_gated_gelu_is_the_tanh_approximation():
     exact = np.vectorize(lambda x: 0.5 * x * (1 + math.erf(x / math.sqrt(2))))(gate.astype("float64")) * up
     distance = np.abs(array(found) - exact)
     assert 1e-4 < distance.max() < 2e-3  # near the one with erf, and not the same
+
+
+# Caches
+
+
+def ring(length, slots):
+    """The positions that a ring holds once so many tokens were written one after the other."""
+    held = [PADDING] * slots
+    for position in range(length):
+        held[position % slots] = position
+    return held
+
+
+@given(st.lists(st.integers(0, 60), min_size=3, max_size=3), st.integers(1, 17))
+def test_slots_hold_the_tokens_written_last(lengths, slots):
+    found = array(tokens_at_slots(ops.convert_to_tensor(lengths, "int32"), slots))
+    assert found.dtype == "int32"
+    assert found.tolist() == [ring(length, slots) for length in lengths]
+
+
+@given(st.lists(st.integers(0, 4), min_size=3, max_size=3), st.sampled_from(["float32", "bfloat16"]))
+def test_one_slot_of_each_row_is_written(slots, dtype):
+    # Numbers that bfloat16 has, too.
+    buffer = np.arange(3 * 5 * 2 * 4, dtype="float32").reshape(3, 5, 2, 4)
+    values = -1.0 - np.arange(3 * 2 * 4, dtype="float32").reshape(3, 1, 2, 4)
+    found = write_slots(ops.cast(buffer, dtype), ops.convert_to_tensor(slots, "int32"), ops.convert_to_tensor(values))
+    expected = buffer.copy()
+    expected[np.arange(3), slots] = values[:, 0]
+    np.testing.assert_array_equal(array(ops.cast(found, "float32")), expected)
+    assert found.dtype == ops.cast(buffer, dtype).dtype

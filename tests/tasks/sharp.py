@@ -17,7 +17,8 @@ def sharpened(**kwargs) -> Gemma2CausalLM:
     model = tiny.causal_lm(**{"num_layers": 2, **kwargs})
     random = np.random.default_rng(3)
     for variable in model.weights:
-        variable.assign(random.normal(0, 0.3, variable.shape))
+        # Branches weigh more than the embedding: otherwise the tied output repeats the token that came in.
+        variable.assign(random.normal(4.0 if "norm" in variable.path else 0.0, 0.3, variable.shape))
     heard = (np.arange(tiny.VOCABULARY_SIZE) >= SILENT)[:, None]
     embeddings = model.backbone.token_embedding.embeddings
     embeddings.assign(ops.convert_to_numpy(ops.cast(ops.stop_gradient(embeddings), "float32")) * heard)

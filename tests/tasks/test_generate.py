@@ -86,7 +86,7 @@ def test_rows_end_at_their_own_stop_strings(sharp):
 def test_both_ends_end_by_default_and_give_no_text(sharp, token):
     text = sharp.generate(CAT, max_length=40, **saying(sharp, " sat.", token))
     assert text == "The cat sat."
-    more = sharp.generate(CAT, max_length=40, stop_token_ids=None, stop="#", **saying(sharp, " sat.", token, 537, 3 + 35))
+    more = sharp.generate(CAT, max_new_tokens=4, stop_token_ids=None, **saying(sharp, " sat.", token, 537))
     assert more == "The cat sat.."
 
 
@@ -214,7 +214,7 @@ def test_a_sampler_of_ones_own_chooses_by_its_temperature(sharp, bare, cat):
     model = Gemma2CausalLM(sharp.backbone)
     model.compile(sampler=Fixed(temperature=2.0))
     assert continued(model, [cat], 1) == [[500]]
-    logits = ops.convert_to_numpy(bare.score(np.array([cat])))[0, -1].astype("float64") / 2
+    logits = ops.convert_to_numpy(ops.stop_gradient(bare.score(np.array([cat]))))[0, -1].astype("float64") / 2
     expected = np.exp(logits - logits.max())
     np.testing.assert_allclose(model.sampler.given[0], expected / expected.sum(), rtol=1e-3, atol=1e-7)
     # A filter leaves it less to choose from.
@@ -330,10 +330,13 @@ def test_a_dataset_takes_the_same_options(sharp, batched):
     tensorflow = pytest.importorskip("tensorflow")
     dataset = tensorflow.data.Dataset.from_tensor_slices([CAT, ONCE, CAT])
     dataset = dataset.batch(2) if batched else dataset
-    expected = sharp.generate([CAT, ONCE, CAT], stop="e", seed=4, **SEEDED)
-    assert sharp.generate(dataset, stop="e", seed=4, **SEEDED) == expected
+    expected = sharp.generate([CAT, ONCE, CAT], seed=4, **SEEDED)
+    assert expected[0] != expected[2]
+    assert sharp.generate(dataset, seed=4, **SEEDED) == expected
     free = sharp.generate([CAT, ONCE], max_new_tokens=4, strip_prompt=True)
     assert sharp.generate(dataset, max_new_tokens=4, strip_prompt=True) == [*free, free[0]]
+    stopped = [text.split(free[0][1])[0] for text in free]
+    assert sharp.generate(dataset, stop=free[0][1], max_new_tokens=4, strip_prompt=True)[:2] == stopped
 
 
 # Calls as KerasHub's tasks take them
@@ -372,14 +375,14 @@ def test_generation_sees_weights_that_changed(sharp):
     assert before == sharp.generate(CAT, max_new_tokens=6)
     random = np.random.default_rng(8)
     for variable in model.weights:
-        variable.assign(random.normal(0, 0.3, variable.shape))
+        variable.assign(random.normal(1, 0.3, variable.shape))
     other.set_weights(model.get_weights())
     after = model.generate(CAT, max_new_tokens=6)
     assert after == other.generate(CAT, max_new_tokens=6)
     assert after != before
 
 
-def test_adapters_are_heard_and_sampling_with_them_works(sharp):
+def test_adapters_are_heard_and_sampling_with_them_works():
     model = sharpened()
     before = model.generate(CAT, max_new_tokens=6)
     model.enable_lora(2)
@@ -392,12 +395,10 @@ def test_adapters_are_heard_and_sampling_with_them_works(sharp):
     assert after[0] == model.generate(CAT, max_new_tokens=6, temperature=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_model_of_low_precision_generates(dtype):
-    model = sharpened(dtype=dtype)
+    model = sharpened(num_layers=1, dtype=dtype)
     texts, stats = model.generate([CAT, ONCE], max_new_tokens=5, return_stats=True)
     assert stats.new_tokens == 10
     assert texts[0].startswith(CAT)
     assert "".join(model.stream(CAT, max_new_tokens=5, strip_prompt=False)) == texts[0]
-    seeded = model.generate(CAT, seed=1, **SEEDED)
-    assert seeded == model.generate(CAT, seed=1, **SEEDED) != texts[0].removeprefix(CAT)

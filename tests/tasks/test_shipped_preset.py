@@ -84,11 +84,15 @@ MODULES = [
     "checkpoints.names",
     "config",
     "errors",
+    "generation.sampling",
+    "generation.streaming",
     "layers.linear",
     "models.gemma2_backbone",
     "preprocessing.causal_lm_preprocessor",
+    "preprocessing.chat_template",
     "preprocessing.tokenizer",
     "tasks.causal_lm",
+    "tasks.text_generation",
 ]
 
 
@@ -97,7 +101,8 @@ MODULES = [
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_in_docstrings_hold(name):
     module = importlib.import_module(f"gemma2_keras.{name}")
-    result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    public = {name: getattr(gemma2_keras, name) for name in gemma2_keras.__all__}
+    result = doctest.testmod(module, extraglobs=public, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.attempted > 0
     assert result.failed == 0
 

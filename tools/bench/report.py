@@ -21,7 +21,7 @@ def write(stored: dict[str, Any]) -> None:
     """Write all three."""
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
-    rows = [row for row in ROWS if row.name in stored["rows"]]
+    rows = [row for row in ROWS if row.source in stored["rows"]]
     _plot(rows, stored)
     PAGE.write_text(_page(rows, stored))
 
@@ -49,6 +49,8 @@ def _page(rows: list[Row], stored: dict[str, Any]) -> str:
             lines.append(f"| {row.name} | {row.work} | {mine} | {other} | {shown} | {goal} |")
     lines += ["", "Bold where the goal is reached.", "", "## Figures", ""]
     for row in rows:
+        if row.measured_with:
+            continue
         part = stored["rows"][row.name]
         rates = part["limits"]
         lines += [
@@ -113,7 +115,7 @@ def _weight_bytes(row: Row) -> int:
 
 
 def _ratios(row: Row, stored: dict[str, Any]) -> list[tuple[str, str, float, float | None]]:
-    found = stored["rows"][row.name]["contenders"]
+    found = stored["rows"][row.source]["contenders"]
     ratios = []
     for mine, other, goal in row.goals:
         a, b = found.get(mine, {"error": ""}), found.get(other, {"error": ""})
