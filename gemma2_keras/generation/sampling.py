@@ -17,7 +17,8 @@ from gemma2_keras.errors import InputError
 EXCLUDED = -1e30
 # Logits so far below the greatest have no probability; a lower one tells nothing more.
 _LOWEST = -1e4
-_LEAST_TEMPERATURE = 1e-30
+# What is larger, or nearer to zero, float32 cannot compute with.
+_GREATEST_NUMBER, _LEAST_NUMBER = 1e30, 1e-30
 # The smallest number that no backend takes for zero.
 _TINY = 1.2e-38
 # Halvings of the interval between the least and the greatest value: below the distance of neighbouring float32.
@@ -82,7 +83,12 @@ class Sampling:
                 _require(name, value, lambda x: 0 < x <= 1, "above 0 and at most 1, or None")
         if self.top_k is not None and not (_is_whole(self.top_k) and self.top_k >= 1):
             raise InputError(f"`top_k` must be a whole number of at least 1, or None; given {self.top_k!r}.")
-        _require("repetition_penalty", self.repetition_penalty, lambda x: x > 0, "a number above 0")
+        _require(
+            "repetition_penalty",
+            self.repetition_penalty,
+            lambda x: x >= _LEAST_NUMBER,
+            f"a number above 0, {_LEAST_NUMBER:g} at least",
+        )
         for name in ("presence_penalty", "frequency_penalty"):
             _require(name, getattr(self, name), lambda x: True, "a finite number")
         if not isinstance(self.logit_bias, Mapping):
@@ -125,11 +131,14 @@ class Sampling:
             InputError: if a biased or forbidden token is outside the vocabulary, or every token is forbidden.
         """
         values = {
-            name: np.asarray(getattr(self, name), "float32") for name in self.uses if name not in ("bias", "noise")
+            name: np.asarray(getattr(self, name), "float32")
+            for name in self.uses
+            if name not in ("bias", "noise", "top_k")
         }
-        values["temperature"] = np.asarray(
-            max(self.temperature, _LEAST_TEMPERATURE) if self.temperature else 1.0, "float32"
-        )
+        if "top_k" in self.uses:
+            # No more than there are: a count beyond is no float32.
+            values["top_k"] = np.asarray(min(int(self.top_k or 1), vocabulary_size), "float32")
+        values["temperature"] = np.asarray(max(self.temperature, _LEAST_NUMBER) if self.temperature else 1.0, "float32")
         if "bias" in self.uses:
             bias = np.zeros(vocabulary_size, "float32")
             for name, tokens in (("logit_bias", self.logit_bias), ("forbidden_tokens", self.forbidden_tokens)):
@@ -318,8 +327,9 @@ def _is_whole(value: Any) -> bool:
 
 def _require(name: str, value: Any, holds: Callable[[Any], bool], allowed: str) -> None:
     number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not holds(value):
-        raise InputError(f"`{name}` must be {allowed}; given {value!r}.")
+    # Also false of what is no number at all, as NaN.
+    if not number or not abs(value) <= _GREATEST_NUMBER or not holds(value):
+        raise InputError(f"`{name}` must be {allowed}, and at most {_GREATEST_NUMBER:g} in size; given {value!r}.")
 
 
 def _require_all(name: str, values: Any, holds: Callable[[Any], bool], allowed: str) -> None:

@@ -106,7 +106,7 @@ class Chat:
         options = {**self._options, **options}
         check_lengths(None, options.get("max_new_tokens"))
         limit = options.pop("max_new_tokens", None)
-        kept, ids, room = self._fitting(text, min(_REPLY, self._length // 4) if limit is None else limit)
+        kept, ids, room = self._fitting(text, max(1, min(_REPLY, self._length // 4)) if limit is None else limit)
         asked = (
             options.pop(name, default) for name, default in (("stop_token_ids", "auto"), ("stop", None), ("seed", None))
         )

@@ -201,14 +201,14 @@ BAD_OPTIONS = [
         for name in ("top_p", "min_p", "typical_p")
         for value in (0, -0.5, 1.01, "0.9", True, NO_NUMBER)
     ),
-    *(("repetition_penalty", value, "a number above 0") for value in (0, -1, "1", True, INFINITE)),
+    *(("repetition_penalty", value, "a number above 0") for value in (0, -1, "1", True, INFINITE, 1e-45, 1e300)),
     *(
         (name, value, "a finite number")
         for name in ("presence_penalty", "frequency_penalty")
-        for value in (INFINITE, NO_NUMBER, "1", True, [1])
+        for value in (INFINITE, NO_NUMBER, "1", True, [1], 1e300)
     ),
     *(("logit_bias", value, "map token ids to numbers") for value in ([(1, 2.0)], "a", 5)),
-    *(("logit_bias", {500: value}, "a finite number") for value in (-INFINITE, NO_NUMBER, "1", None)),
+    *(("logit_bias", {500: value}, "a finite number") for value in (-INFINITE, NO_NUMBER, "1", None, -1e39)),
     *(("logit_bias", {token: 1.0}, "ids from 0 to 559") for token in (SIZE, -1, "a", 1.5, True)),
     *(("forbidden_tokens", value, "token ids") for value in ("500", [1.5], ["a"], [None], [True], [[500]], 500)),
     *(("forbidden_tokens", value, "ids from 0 to 559") for value in ([SIZE], [-1])),
@@ -338,3 +338,8 @@ def test_options_of_a_dataset_are_checked(model):
         model.generate(dataset, verbose="yes", max_new_tokens=1)
     texts, stats = model.generate(dataset, max_new_tokens=1, return_stats=True)
     assert (len(texts), stats.new_tokens) == (1, 1)
+
+
+def test_more_candidates_than_tokens_are_all_of_them(model):
+    options = {"max_new_tokens": 4, "temperature": 3.0, "seed": 1}
+    assert model.generate("The cat", top_k=10**40, **options) == model.generate("The cat", top_k=SIZE, **options)
