@@ -14,8 +14,9 @@ from keras import ops
 
 from gemma2_keras.errors import InputError
 from gemma2_keras.generation.engine import cache_bytes
+from gemma2_keras.generation.programs import Engine
 from gemma2_keras.generation.sampling import Sampling
-from gemma2_keras.generation.session import Engine, Session
+from gemma2_keras.generation.session import Session
 from gemma2_keras.generation.streaming import GenerationStats, TextAssembler
 from gemma2_keras.memory import available_bytes
 from gemma2_keras.preprocessing.inputs import to_python

@@ -12,9 +12,10 @@ import numpy as np
 from keras import ops
 
 from gemma2_keras.errors import InputError
+from gemma2_keras.generation.programs import Engine
 from gemma2_keras.generation.sampling import sampling_of
 from gemma2_keras.generation.search import search, searches
-from gemma2_keras.generation.session import Engine, Session
+from gemma2_keras.generation.session import Session
 from gemma2_keras.generation.streaming import TextAssembler, TextStream
 from gemma2_keras.models.inputs import check_token_inputs
 from gemma2_keras.preprocessing.inputs import to_python
