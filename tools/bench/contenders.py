@@ -106,7 +106,7 @@ def transformers(shape: dict[str, Any], dtype: str, attention: str = "eager", co
 
 
 def llama_cpp(shape: dict[str, Any], dtype: str) -> Run:
-    from llama_cpp import Llama
+    from llama_cpp import Llama  # pyright: ignore[reportMissingImports]
 
     if dtype != "bfloat16":
         raise ValueError("llama.cpp is timed with bfloat16 weights.")
@@ -149,7 +149,7 @@ def _padded(rows: list[list[int]], new: int) -> dict[str, np.ndarray]:
 
 def _write_gguf(shape: dict[str, Any], file: Path) -> None:
     """A GGUF file of random bfloat16 weights with a vocabulary of made-up words."""
-    import gguf
+    import gguf  # pyright: ignore[reportMissingImports]
 
     vocabulary, width = shape["vocabulary_size"], shape["hidden_dim"]
     hidden, size = shape["intermediate_dim"], shape["head_dim"]
