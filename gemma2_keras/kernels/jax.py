@@ -11,10 +11,18 @@ import keras
 
 from gemma2_keras.ops.attention import attention
 
-__all__ = ["STATIC_SHAPES", "attention", "compiled", "stored", "write_slots"]
+__all__ = ["STATIC_SHAPES", "attention", "compiled", "linear", "stored", "write_slots"]
 
 # Whether a program is compiled anew for other shapes.
 STATIC_SHAPES = True
+
+
+def linear(x: Any, weight: Any) -> Any:
+    """As `ops.linear.linear`, summed in float32.
+
+    Asked for a bfloat16 sum, XLA on a CPU makes a float32 copy of the weights of every layer.
+    """
+    return jnp.matmul(x, keras.ops.transpose(weight), preferred_element_type="float32").astype(x.dtype)
 
 
 def write_slots(buffer: Any, slots: Any, values: Any) -> Any:

@@ -8,8 +8,9 @@ from typing import Any
 import tensorflow as tf
 
 from gemma2_keras.ops.attention import attention
+from gemma2_keras.ops.linear import linear
 
-__all__ = ["STATIC_SHAPES", "attention", "compiled", "stored", "write_slots"]
+__all__ = ["STATIC_SHAPES", "attention", "compiled", "linear", "stored", "write_slots"]
 
 # Whether a program is compiled anew for other shapes.
 STATIC_SHAPES = False

@@ -12,8 +12,9 @@ import torch
 
 from gemma2_keras.kernels import native
 from gemma2_keras.ops import attention as portable
+from gemma2_keras.ops.linear import linear
 
-__all__ = ["STATIC_SHAPES", "attention", "compiled", "stored", "write_slots"]
+__all__ = ["STATIC_SHAPES", "attention", "compiled", "linear", "stored", "write_slots"]
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 

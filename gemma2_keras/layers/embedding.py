@@ -5,6 +5,7 @@ from __future__ import annotations
 import keras
 from keras import ops
 
+from gemma2_keras.kernels import linear
 from gemma2_keras.layers.initialization import weight_initializer
 from gemma2_keras.ops.attention import soft_cap
 
@@ -50,7 +51,7 @@ class TokenEmbedding(keras.layers.Layer):
         """(B, T) ids -> (B, T, D) vectors; with `reverse`, (…, D) vectors -> (…, V) float32 logits."""
         if reverse:
             table = ops.cast(self.embeddings, self.compute_dtype)
-            logits = ops.matmul(inputs, ops.transpose(table))
+            logits = linear(inputs, table)
             return soft_cap(ops.cast(logits, "float32"), self.final_logit_soft_cap)
         x = ops.cast(ops.take(self.embeddings, inputs, axis=0), self.compute_dtype)
         return x * ops.cast(self.hidden_dim**0.5, self.compute_dtype)

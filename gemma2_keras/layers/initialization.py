@@ -8,11 +8,12 @@ import math
 from collections.abc import Iterator
 
 import keras
+import ml_dtypes
 import numpy as np
 
 STANDARD_DEVIATION = 0.02
 # Numbers drawn at once.
-_BLOCK = 2**24
+_BLOCK = 2**22
 
 _awaiting_weights: contextvars.ContextVar[bool] = contextvars.ContextVar("awaiting_weights", default=False)
 
@@ -47,10 +48,12 @@ class BlockwiseNormal(keras.initializers.RandomNormal):
         rows = max(1, _BLOCK // max(1, math.prod(shape[1:])))
         if shape[0] <= rows:
             return super().__call__(shape, dtype)
+        dtype = keras.backend.standardize_dtype(dtype)
+        numbers = np.empty(shape, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
         starts = range(0, shape[0], rows)
         seeds = np.random.SeedSequence(self.seed).generate_state(len(starts)) >> 1
-        blocks = [
-            keras.random.normal((min(rows, shape[0] - start), *shape[1:]), self.mean, self.stddev, dtype, int(seed))
-            for start, seed in zip(starts, seeds, strict=True)
-        ]
-        return keras.ops.concatenate(blocks)
+        for start, seed in zip(starts, seeds, strict=True):
+            block = numbers[start : start + rows]
+            drawn = keras.random.normal(block.shape, self.mean, self.stddev, dtype, int(seed))
+            block[...] = keras.ops.convert_to_numpy(drawn)
+        return keras.ops.convert_to_tensor(numbers, dtype)

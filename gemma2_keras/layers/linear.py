@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from gemma2_keras.kernels import linear
 from gemma2_keras.layers.initialization import weight_initializer
 
 
@@ -39,7 +40,7 @@ class Linear(keras.layers.Layer):
 
     def call(self, x):
         """(…, in) -> (…, out)."""
-        y = ops.matmul(x, ops.transpose(self.weight))
+        y = linear(x, self.weight)
         if self.lora_rank is None:
             return y
         # Two thin products in the adapter's float32; the (out, in) delta is never made.

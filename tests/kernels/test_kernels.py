@@ -21,6 +21,7 @@ from gemma2_keras import kernels
 from gemma2_keras.kernels import native
 from gemma2_keras.ops import attention as portable
 from gemma2_keras.ops.cache import write_slots
+from gemma2_keras.ops.linear import linear as portable_linear
 
 array = ops.convert_to_numpy
 BACKEND = keras.backend.backend()
@@ -33,6 +34,28 @@ def normal(*shape, seed=0, scale=1.0):
 def run(function, *arguments, **static):
     """As the engine runs it: without gradients, and compiled where that is quicker."""
     return kernels.compiled(function, [], lambda: None, None)(*arguments, **static)
+
+
+# Products
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_linear_is_that_of_the_portable_operation(dtype):
+    x, weight = ops.cast(normal(2, 3, 40), dtype), ops.cast(normal(24, 40, seed=1), dtype)
+    found, expected = (run(f, x, weight) for f in (kernels.linear, portable_linear))
+    assert keras.backend.standardize_dtype(found.dtype) == dtype
+    # Two sums of one number may round to neighbours.
+    unit = 2.0**-7 if dtype == "bfloat16" else 1e-5
+    np.testing.assert_allclose(array(found), array(expected), rtol=unit, atol=unit)
+
+
+@pytest.mark.skipif(BACKEND != "jax" or sys.platform == "darwin", reason="XLA on a CPU")
+def test_xla_makes_no_copy_of_bfloat16_weights():
+    import jax
+
+    x, weight = ops.ones((16, 256), "bfloat16"), ops.ones((1024, 256), "bfloat16")
+    memory = jax.jit(kernels.linear).lower(x, weight).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < weight.nbytes
 
 
 # Attention

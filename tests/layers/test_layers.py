@@ -17,7 +17,7 @@ from gemma2_keras.layers.context import SequenceContext
 from gemma2_keras.layers.decoder_block import DecoderBlock
 from gemma2_keras.layers.embedding import TokenEmbedding
 from gemma2_keras.layers.feed_forward import FeedForward
-from gemma2_keras.layers.initialization import awaiting_weights
+from gemma2_keras.layers.initialization import BlockwiseNormal, awaiting_weights
 from gemma2_keras.layers.linear import Linear
 from gemma2_keras.layers.norm import RMSNorm
 
@@ -314,3 +314,16 @@ def test_a_step_is_written_at_the_place_of_its_row_before_it_is_attended_to():
 )
 def test_examples(module):
     assert doctest.testmod(importlib.import_module(f"gemma2_keras.{module}")).failed == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_large_weights_are_drawn_in_blocks_that_differ(dtype):
+    # Two whole blocks and a part of a third.
+    drawn = BlockwiseNormal(stddev=0.02, seed=3)((9000, 1024), dtype)
+    assert keras.backend.standardize_dtype(drawn.dtype) == dtype
+    numbers = array(ops.cast(drawn, "float32"))
+    assert abs(numbers.mean()) < 1e-4 and abs(numbers.std() - 0.02) < 1e-4
+    starts = numbers[0], numbers[4096], numbers[8192]
+    assert not any((a == b).all() for a, b in zip(starts, (*starts[1:], starts[0]), strict=True))
+    again = BlockwiseNormal(stddev=0.02, seed=3)((9000, 1024), dtype)
+    np.testing.assert_array_equal(array(ops.cast(again, "float32")), numbers)
