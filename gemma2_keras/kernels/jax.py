@@ -18,11 +18,34 @@ STATIC_SHAPES = True
 
 
 def linear(x: Any, weight: Any) -> Any:
-    """As `ops.linear.linear`, summed in float32.
+    """As `ops.linear.linear`; the sums are float32, and so are a CPU's products of bfloat16 numbers.
 
-    Asked for a bfloat16 sum, XLA on a CPU makes a float32 copy of the weights of every layer.
+    Asked for anything but this very product, XLA on a CPU makes a float32 copy of bfloat16 weights first.
     """
-    return jnp.matmul(x, keras.ops.transpose(weight), preferred_element_type="float32").astype(x.dtype)
+    return _linear(x, keras.ops.convert_to_tensor(weight))
+
+
+@jax.custom_vjp
+def _linear(x, weight):
+    return _contracted(x, x.ndim - 1, weight, 1)
+
+
+def _linear_forward(x, weight):
+    return _linear(x, weight), (x, weight)
+
+
+def _linear_backward(kept, gradient):
+    x, weight = kept
+    rows = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
+    return _contracted(gradient, x.ndim - 1, weight, 0), _contracted(rows[0], 0, rows[1], 0)
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _contracted(a, axis, b, other):
+    product = jax.lax.dot_general(a, b, (((axis,), (other,)), ((), ())), preferred_element_type="float32")
+    return product.astype(a.dtype)
 
 
 def write_slots(buffer: Any, slots: Any, values: Any) -> Any:

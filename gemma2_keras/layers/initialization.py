@@ -54,6 +54,6 @@ class BlockwiseNormal(keras.initializers.RandomNormal):
         seeds = np.random.SeedSequence(self.seed).generate_state(len(starts)) >> 1
         for start, seed in zip(starts, seeds, strict=True):
             block = numbers[start : start + rows]
-            drawn = keras.random.normal(block.shape, self.mean, self.stddev, dtype, int(seed))
+            drawn = keras.random.normal(block.shape, self.mean, self.stddev, "float32", int(seed))
             block[...] = keras.ops.convert_to_numpy(drawn)
         return keras.ops.convert_to_tensor(numbers, dtype)
