@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gemma2_keras.preprocessing.causal_lm_preprocessor import Gemma2CausalLMPreprocessor
     from gemma2_keras.preprocessing.tokenizer import Gemma2Tokenizer, IncrementalDecoder
     from gemma2_keras.tasks.causal_lm import Gemma2CausalLM
+    from gemma2_keras.tasks.next_token_loss import NextTokenLoss
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ _HOMES = {
     "Gemma2Config": "config",
     "Gemma2Tokenizer": "preprocessing.tokenizer",
     "IncrementalDecoder": "preprocessing.tokenizer",
+    "NextTokenLoss": "tasks.next_token_loss",
     "describe_preset": "checkpoints.catalogue",
     "list_presets": "checkpoints.catalogue",
 }
@@ -36,6 +38,7 @@ __all__ = [
     "Gemma2Config",
     "Gemma2Tokenizer",
     "IncrementalDecoder",
+    "NextTokenLoss",
     "describe_preset",
     "list_presets",
 ]

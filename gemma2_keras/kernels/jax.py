@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import keras
 
-from gemma2_keras.ops.attention import attention
+from gemma2_keras.ops.attention import attention, soft_cap
+from gemma2_keras.ops.cross_entropy import LossTerms, TokenSums, tokens_at_once
 
-__all__ = ["STATIC_SHAPES", "attention", "compiled", "linear", "stored", "write_slots"]
+__all__ = ["STATIC_SHAPES", "attention", "compiled", "linear", "projected_cross_entropy", "stored", "write_slots"]
 
 # Whether a program is compiled anew for other shapes.
 STATIC_SHAPES = True
@@ -44,8 +46,95 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 def _contracted(a, axis, b, other):
-    product = jax.lax.dot_general(a, b, (((axis,), (other,)), ((), ())), preferred_element_type="float32")
-    return product.astype(a.dtype)
+    return _product(a, axis, b, other).astype(a.dtype)
+
+
+def _product(a, axis, b, other):
+    return jax.lax.dot_general(a, b, (((axis,), (other,)), ((), ())), preferred_element_type="float32")
+
+
+def projected_cross_entropy(
+    hidden: Any,
+    table: Any,
+    labels: Any,
+    weights: Any,
+    cap: float | None,
+    terms: LossTerms,
+    training: bool,
+    table_trains: bool,
+) -> TokenSums:
+    """As `ops.cross_entropy.projected_cross_entropy`, some tokens at a time, with their gradient in the same pass."""
+    if not training:
+        return _summed(hidden, table, labels, weights, cap, terms)[0]
+    sums: Any = _cross_entropy(hidden, table, labels, weights, cap, terms, table_trains)
+    return TokenSums(sums.loss, *map(jax.lax.stop_gradient, sums[1:]))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _cross_entropy(hidden, table, labels, weights, cap, terms, table_trains):
+    return _summed(hidden, table, labels, weights, cap, terms)[0]
+
+
+def _cross_entropy_forward(hidden, table, labels, weights, cap, terms, table_trains):
+    sums, gradients = _summed(hidden, table, labels, weights, cap, terms, gradient=True, table_trains=table_trains)
+    # Of the arguments only the dtypes are needed later.
+    return sums, (gradients, hidden[:0], table[:0])
+
+
+def _cross_entropy_backward(cap, terms, table_trains, kept, factors):
+    (hidden_gradient, table_gradient), hidden, table = kept
+    scaled = (hidden_gradient * factors.loss).astype(hidden.dtype)
+    return scaled, None if table_gradient is None else (table_gradient * factors.loss).astype(table.dtype), None, None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _summed(hidden, table, labels, weights, cap, terms, gradient=False, table_trains=False):
+    """The sums, and the gradients of `loss` with respect to the states and the table, `None` if not asked for."""
+    count, width = hidden.shape
+    size = min(count, tokens_at_once(table.shape[0]))
+    blocks = -(-count // size)
+
+    def split(x):
+        return jnp.pad(x, [(0, blocks * size - count)] + [(0, 0)] * (x.ndim - 1)).reshape(blocks, size, *x.shape[1:])
+
+    def add(carry, block):
+        states, label, weight = block
+        logits = soft_cap(_product(states, 1, table, 1), cap)
+        top = logits.max(-1, keepdims=True)
+        shares = jnp.exp(logits - top)
+        total = shares.sum(-1)
+        normaliser = top[:, 0] + jnp.log(total)
+        chosen = jnp.take_along_axis(logits, label[:, None], axis=-1)[:, 0]
+        target = (1 - terms.label_smoothing) * chosen
+        if terms.label_smoothing:
+            target += terms.label_smoothing * logits.mean(-1)
+        loss = normaliser - target + terms.z_loss * jnp.square(normaliser)
+        correct = (logits.argmax(-1) == label).astype("float32")
+        each = TokenSums(loss, normaliser - chosen, correct)
+        sums, table_gradient = carry
+        sums = TokenSums(*(a + (b * weight).sum() for a, b in zip(sums, each, strict=True)))
+        if not gradient:
+            return (sums, None), None
+        shares *= ((1 + 2 * terms.z_loss * normaliser) * weight / total)[:, None]
+        if terms.label_smoothing:
+            shares -= (terms.label_smoothing / table.shape[0] * weight)[:, None]
+        here = jax.lax.broadcasted_iota("int32", shares.shape, 1) == label[:, None]
+        shares -= jnp.where(here, ((1 - terms.label_smoothing) * weight)[:, None], 0)
+        if cap is not None:
+            shares *= 1 - jnp.square(logits / cap)
+        shares = shares.astype(table.dtype)
+        if table_trains:
+            table_gradient += _product(shares, 0, states, 0)
+        return (sums, table_gradient), _product(shares, 1, table, 0)
+
+    start = TokenSums(*(jnp.zeros((), "float32") for _ in TokenSums._fields))
+    table_gradient = jnp.zeros(table.shape, "float32") if table_trains else None
+    (sums, table_gradient), found = jax.lax.scan(
+        add, (start, table_gradient), [split(hidden), split(labels), split(weights)]
+    )
+    return sums, (None if found is None else found.reshape(-1, width)[:count], table_gradient)
 
 
 def write_slots(buffer: Any, slots: Any, values: Any) -> Any:

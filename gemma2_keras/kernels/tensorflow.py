@@ -7,13 +7,93 @@ from typing import Any
 
 import tensorflow as tf
 
-from gemma2_keras.ops.attention import attention
+from gemma2_keras.ops.attention import attention, soft_cap
+from gemma2_keras.ops.cross_entropy import LossTerms, TokenSums, tokens_at_once
 from gemma2_keras.ops.linear import linear
 
-__all__ = ["STATIC_SHAPES", "attention", "compiled", "linear", "stored", "write_slots"]
+__all__ = ["STATIC_SHAPES", "attention", "compiled", "linear", "projected_cross_entropy", "stored", "write_slots"]
 
 # Whether a program is compiled anew for other shapes.
 STATIC_SHAPES = False
+
+
+def projected_cross_entropy(
+    hidden: Any,
+    table: Any,
+    labels: Any,
+    weights: Any,
+    cap: float | None,
+    terms: LossTerms,
+    training: bool,
+    table_trains: bool,
+) -> TokenSums:
+    """As `ops.cross_entropy.projected_cross_entropy`, some tokens at a time, with their gradient in the same pass.
+
+    Tokens of weight 0 cost nothing.
+    """
+    counted = tf.where(weights != 0)[:, 0]
+    hidden, labels, weights = (tf.gather(x, counted) for x in (hidden, labels, weights))
+
+    @tf.custom_gradient
+    def run(hidden, table):
+        sums, hidden_gradient, table_gradient = _summed(
+            hidden, table, labels, weights, cap, terms, training, training and table_trains
+        )
+
+        def backward(factor, *_):
+            return (
+                tf.cast(hidden_gradient * factor, hidden.dtype),
+                tf.cast(table_gradient * factor, table.dtype) if table_trains else None,
+            )
+
+        return tuple(sums), backward
+
+    sums: Any = run(hidden, tf.convert_to_tensor(table))
+    return TokenSums(sums[0], *map(tf.stop_gradient, sums[1:]))
+
+
+def _summed(hidden, table, labels, weights, cap, terms, gradient, table_trains):
+    """The sums, and the gradients of `loss` with respect to the states and the table; zeros if not asked for."""
+    count, width = tf.shape(hidden)[0], hidden.shape[1]
+    vocabulary = table.shape[0]
+    size = tokens_at_once(vocabulary)
+
+    def add(start, sums, found, table_gradient):
+        states, label, weight = (x[start : start + size] for x in (hidden, labels, weights))
+        logits = soft_cap(tf.cast(tf.matmul(states, table, transpose_b=True), "float32"), cap)
+        top = tf.reduce_max(logits, -1, keepdims=True)
+        shares = tf.exp(logits - top)
+        total = tf.reduce_sum(shares, -1)
+        normaliser = top[:, 0] + tf.math.log(total)
+        places = tf.stack([tf.range(tf.shape(label)[0], dtype=label.dtype), label], 1)
+        chosen = tf.gather_nd(logits, places)
+        target = (1 - terms.label_smoothing) * chosen
+        if terms.label_smoothing:
+            target += terms.label_smoothing * tf.reduce_mean(logits, -1)
+        loss = normaliser - target + terms.z_loss * tf.square(normaliser)
+        correct = tf.cast(tf.argmax(logits, -1, label.dtype) == label, "float32")
+        each = (loss, normaliser - chosen, correct)
+        sums = tuple(a + tf.reduce_sum(b * weight) for a, b in zip(sums, each, strict=True))
+        if gradient:
+            shares *= ((1 + 2 * terms.z_loss * normaliser) * weight / total)[:, None]
+            if terms.label_smoothing:
+                shares -= (terms.label_smoothing / vocabulary * weight)[:, None]
+            shares = tf.tensor_scatter_nd_sub(shares, places, (1 - terms.label_smoothing) * weight)
+            if cap is not None:
+                shares *= 1 - tf.square(logits / cap)
+            shares = tf.cast(shares, table.dtype)
+            found = found.write(start // size, tf.cast(tf.matmul(shares, table), "float32"))
+            if table_trains:
+                table_gradient += tf.cast(tf.matmul(shares, states, transpose_a=True), "float32")
+        return start + size, sums, found, table_gradient
+
+    # Without any token there is one block, of none.
+    end = tf.maximum(count, 1)
+    found = tf.TensorArray("float32", (end + size - 1) // size, infer_shape=False, element_shape=[None, width])
+    state = (0, (0.0, 0.0, 0.0), found, tf.zeros(table.shape if table_trains else ()))
+    # One block at a time, or they would all be in memory.
+    _, sums, found, table_gradient = tf.while_loop(lambda start, *_: start < end, add, state, parallel_iterations=1)
+    return sums, found.concat() if gradient else None, table_gradient
 
 
 def write_slots(buffer: Any, slots: Any, values: Any) -> Any:

@@ -12,9 +12,10 @@ import torch
 
 from gemma2_keras.kernels import native
 from gemma2_keras.ops import attention as portable
+from gemma2_keras.ops.cross_entropy import LossTerms, TokenSums, tokens_at_once
 from gemma2_keras.ops.linear import linear
 
-__all__ = ["STATIC_SHAPES", "attention", "compiled", "linear", "stored", "write_slots"]
+__all__ = ["STATIC_SHAPES", "attention", "compiled", "linear", "projected_cross_entropy", "stored", "write_slots"]
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -37,6 +38,86 @@ def attention(query: Any, key: Any, value: Any, mask: Any, scale: float, cap: fl
         *(scale, cap or 0.0, native.threads()),
     )
     return mixed
+
+
+def projected_cross_entropy(
+    hidden: Any,
+    table: Any,
+    labels: Any,
+    weights: Any,
+    cap: float | None,
+    terms: LossTerms,
+    training: bool,
+    table_trains: bool,
+) -> TokenSums:
+    """As `ops.cross_entropy.projected_cross_entropy`, some tokens at a time, with their gradient in the same pass.
+
+    Tokens of weight 0 cost nothing.
+    """
+    counted = weights.nonzero()[:, 0]
+    hidden, labels, weights = hidden[counted], labels[counted].long(), weights[counted]
+    return TokenSums(*_CrossEntropy.apply(hidden, table, labels, weights, cap, terms, training, table_trains))
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, table, labels, weights, cap, terms, training, table_trains):
+        sums = torch.zeros(3, device=hidden.device)
+        hidden_gradient = torch.empty_like(hidden if training else hidden[:0])
+        table_gradient = torch.zeros_like(table, dtype=torch.float32) if training and table_trains else None
+        size = tokens_at_once(len(table))
+        # Each block is worked on in place, in the same two buffers.
+        logits, shares = (torch.empty(min(size, len(hidden)), len(table), device=hidden.device) for _ in range(2))
+        for start in range(0, len(hidden), size):
+            states, label, weight = (x[start : start + size] for x in (hidden, labels, weights))
+            logits, shares = logits[: len(states)], shares[: len(states)]
+            _cross_entropy_block(states, table, label, weight, cap, terms, sums, logits, shares, training)
+            if not training:
+                continue
+            gradient = shares.to(table.dtype)
+            torch.mm(gradient, table, out=hidden_gradient[start : start + size])
+            if table_gradient is not None:
+                table_gradient += gradient.T @ states
+        ctx.hidden_gradient, ctx.table_gradient = hidden_gradient, table_gradient
+        loss, surprise, correct = sums
+        ctx.mark_non_differentiable(surprise, correct)
+        return loss, surprise, correct
+
+    @staticmethod
+    def backward(ctx, factor, *_):
+        table = None if ctx.table_gradient is None else ctx.table_gradient * factor
+        return ctx.hidden_gradient * factor, table, *[None] * 6
+
+
+def _cross_entropy_block(states, table, label, weight, cap, terms, sums, logits, shares, training):
+    """Add a block's sums to `sums` and, if `training`, leave the gradient of the loss by its raw logits in `shares`."""
+    if table.dtype == torch.float32:
+        torch.mm(states, table.T, out=logits)
+    else:
+        logits.copy_(states @ table.T)
+    if cap is not None:
+        # As a share of the cap, which the derivative needs later.
+        logits.div_(cap).tanh_()
+    scale = 1.0 if cap is None else cap
+    top, first = logits.max(-1, keepdim=True)
+    torch.sub(logits, top, out=shares).mul_(scale).exp_()
+    total = shares.sum(-1)
+    normaliser = top[:, 0] * scale + total.log()
+    chosen = logits.gather(1, label[:, None])[:, 0] * scale
+    target = (1 - terms.label_smoothing) * chosen
+    if terms.label_smoothing:
+        target += terms.label_smoothing * scale * logits.mean(-1)
+    loss = normaliser - target + terms.z_loss * normaliser.square()
+    each = torch.stack([loss, normaliser - chosen, (first[:, 0] == label).float()])
+    sums += each @ weight
+    if not training:
+        return
+    shares.mul_(((1 + 2 * terms.z_loss * normaliser) * weight / total)[:, None])
+    if terms.label_smoothing:
+        shares.sub_((terms.label_smoothing / len(table) * weight)[:, None])
+    shares[torch.arange(len(label), device=label.device), label] -= (1 - terms.label_smoothing) * weight
+    if cap is not None:
+        shares.addcmul_(shares, logits.square_(), value=-1)
 
 
 def write_slots(buffer: Any, slots: Any, values: Any) -> Any:

@@ -25,6 +25,9 @@ class DecoderBlock(keras.layers.Layer):
         dropout: rate on the output of each branch, in training.
         **kwargs: as `keras.layers.Layer` takes them.
 
+    Attributes:
+        remat: whether training keeps each branch's input alone, and computes the rest again for the gradient.
+
     Source: Gemma 2 (https://arxiv.org/abs/2408.00118), section 2.
     """
 
@@ -52,6 +55,7 @@ class DecoderBlock(keras.layers.Layer):
         self.local = local
         self.layer_norm_epsilon = layer_norm_epsilon
         self.dropout = dropout
+        self.remat = False
 
     def build(self, input_shape, **_) -> None:
         """Make the branches and their norms."""
@@ -94,10 +98,19 @@ class DecoderBlock(keras.layers.Layer):
         Returns:
             (B, T, D) tensor.
         """
-        branch = self.attention(self.input_layernorm(x), context=context, cache=cache)
-        x = x + self._drop(self.post_attention_layernorm(branch), training)
-        branch = self.feed_forward(self.pre_feedforward_layernorm(x))
-        return x + self._drop(self.post_feedforward_layernorm(branch), training)
+
+        def attend(x):
+            branch = self.attention(self.input_layernorm(x), context=context, cache=cache)
+            return self.post_attention_layernorm(branch)
+
+        def transform(x):
+            return self.post_feedforward_layernorm(self.feed_forward(self.pre_feedforward_layernorm(x)))
+
+        # Dropout stays outside: it would draw anew when a branch is computed again.
+        for branch in (attend, transform):
+            made = keras.remat(branch)(x) if self.remat and training else branch(x)
+            x = x + self._drop(made, training)
+        return x
 
     def _drop(self, x, training):
         return x if self.branch_dropout is None else self.branch_dropout(x, training=training)

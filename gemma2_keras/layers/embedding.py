@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 from keras import ops
 
-from gemma2_keras.kernels import linear
+from gemma2_keras.kernels import linear, projected_cross_entropy
 from gemma2_keras.layers.initialization import weight_initializer
 from gemma2_keras.ops.attention import soft_cap
 
@@ -55,6 +55,32 @@ class TokenEmbedding(keras.layers.Layer):
             return soft_cap(ops.cast(logits, "float32"), self.final_logit_soft_cap)
         x = ops.cast(ops.take(self.embeddings, inputs, axis=0), self.compute_dtype)
         return x * ops.cast(self.hidden_dim**0.5, self.compute_dtype)
+
+    def cross_entropy(self, states, labels, weights, terms, training):
+        """The loss of labels, without making all logits at once.
+
+        Args:
+            states: (B, T, D) tensor, after the last norm.
+            labels: (B, T) int tensor, ids in [0, V).
+            weights: (B, T) float tensor; 0 leaves a token out. `None` counts every token.
+            terms: `ops.cross_entropy.LossTerms`.
+            training: whether the loss will be differentiated.
+
+        Returns:
+            `ops.cross_entropy.TokenSums`.
+        """
+        labels = ops.reshape(ops.cast(labels, "int32"), (-1,))
+        weights = ops.ones_like(labels) if weights is None else ops.reshape(weights, (-1,))
+        return projected_cross_entropy(
+            ops.reshape(states, (-1, self.hidden_dim)),
+            ops.cast(self.embeddings, self.compute_dtype),
+            labels,
+            ops.cast(weights, "float32"),
+            self.final_logit_soft_cap,
+            terms,
+            training,
+            self.embeddings.trainable,
+        )
 
     def compute_output_spec(self, inputs, reverse: bool = False):
         """Shape and dtype of either direction."""

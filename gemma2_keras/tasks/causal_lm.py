@@ -16,13 +16,13 @@ from gemma2_keras.models.gemma2_backbone import Gemma2Backbone
 from gemma2_keras.models.inputs import check_ids, check_token_inputs, is_traced
 from gemma2_keras.preprocessing.causal_lm_preprocessor import Gemma2CausalLMPreprocessor, is_tokenized
 from gemma2_keras.tasks.data import preprocessed
-from gemma2_keras.tasks.text_generation import TextGeneration
+from gemma2_keras.tasks.token_training import TokenTraining
 
 _SAMPLERS = ("beam", "contrastive", "greedy", "random", "top_k", "top_p")
 
 
 @keras.saving.register_keras_serializable(package="gemma2_keras")
-class Gemma2CausalLM(TextGeneration):
+class Gemma2CausalLM(TokenTraining):
     """Gemma 2 with its output projection: `fit` on text, `generate` text, as `keras_hub.models.CausalLM`.
 
     Called on `{"token_ids": (B, T) int32, "padding_mask": (B, T)}` it returns (B, T, V) float32 logits.
@@ -110,24 +110,30 @@ class Gemma2CausalLM(TextGeneration):
 
     # Training
 
-    def compile(self, optimizer="auto", loss="auto", *, weighted_metrics="auto", sampler="greedy", **kwargs) -> None:
+    def compile(
+        self, optimizer="auto", loss="auto", *, weighted_metrics="auto", sampler="greedy", remat=False, **kwargs
+    ) -> None:
         """Choose optimizer, loss, metrics and sampler.
 
         Args:
             optimizer: as `keras.Model.compile`; `"auto"` is Adam with a learning rate of 2e-5.
-            loss: likewise; `"auto"` is the cross-entropy of the next token, in nats, as the mean over the tokens that
-                count; padding and prompts do not dilute it.
-            weighted_metrics: likewise; `"auto"` is the share of next tokens that the model ranks first.
+            loss: likewise; `"auto"` is `NextTokenLoss()`, the cross-entropy of the next token, in nats, as the mean
+                over the tokens that count; padding and prompts do not dilute it. With it the (B, T, V) logits are
+                never made, unless other metrics ask for them.
+            weighted_metrics: likewise; `"auto"` is the share of next tokens that the model ranks first and, beside
+                `NextTokenLoss`, the perplexity.
             sampler: how `generate` chooses tokens: a name of a KerasHub sampler, such as `"top_k"`, or an instance.
+            remat: whether training keeps the inputs of each decoder block's two branches alone, and computes the rest
+                again for the gradient: a quarter more work, for a fraction of the memory.
             **kwargs: as `keras.Model.compile` takes them.
 
         Raises:
-            ValueError: if `sampler` is no name of a sampler.
+            ValueError: if `sampler` is no name of a sampler, or `remat` neither true nor false.
         """
         if isinstance(sampler, str) and sampler not in _SAMPLERS:
             raise ValueError(f"`sampler` must be one of {', '.join(_SAMPLERS)}, or an instance; given {sampler!r}.")
-        if isinstance(loss, str) and loss == "auto":
-            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
+        self.set_remat(remat)
+        loss, weighted_metrics = self.compile_training(loss, weighted_metrics, kwargs.get("metrics"))
         super().compile(optimizer, loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
         self.forget_sampler()
 
@@ -138,13 +144,17 @@ class Gemma2CausalLM(TextGeneration):
             return config
         # How many weights the optimizer follows; none before the first step.
         followed = len(self.trainable_variables) if self.optimizer is not None and self.optimizer.built else 0
-        return {**config, "sampler": keras_hub.samplers.serialize(self.sampler), "followed": followed}
+        if self.watches_tokens:
+            config["weighted_metrics"] = "auto"
+        own = {"sampler": keras_hub.samplers.serialize(self.sampler), "remat": self.remat, "followed": followed}
+        return {**config, **own}
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile as the saved model was; an optimizer that had made a step goes on from there."""
         config = dict(config)
         sampler, followed = keras_hub.samplers.deserialize(config.pop("sampler")), config.pop("followed")
-        self.compile(**keras.saving.deserialize_keras_object(config), sampler=sampler)
+        remat = config.pop("remat", False)
+        self.compile(**keras.saving.deserialize_keras_object(config), sampler=sampler, remat=remat)
         if self.optimizer is not None and followed == len(self.trainable_variables):
             self.optimizer.build(self.trainable_variables)
 

@@ -136,8 +136,8 @@ def still():
     return model
 
 
-def expected_results(model, x, y, weight) -> tuple[float, float]:
-    """Cross-entropy, the mean over batches of two of the mean over their tokens, and accuracy, written out."""
+def expected_results(model, x, y, weight) -> tuple[float, float, float]:
+    """Cross-entropy, the mean over batches of two of the mean over their tokens; accuracy and surprise of all."""
     logits = logits_of(model, x).astype("float64")
     shifted = logits - logits.max(-1, keepdims=True)
     log_probabilities = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
@@ -145,7 +145,8 @@ def expected_results(model, x, y, weight) -> tuple[float, float]:
     right = logits.argmax(-1) == y
     pairs = [slice(i, i + 2) for i in range(0, len(y), 2)]
     loss = np.mean([(losses[pair] * weight[pair]).sum() / weight[pair].sum() for pair in pairs])
-    return float(loss), float((right * weight).sum() / weight.sum())
+    accuracy, surprise = ((each * weight).sum() / weight.sum() for each in (right, losses))
+    return float(loss), float(accuracy), float(surprise)
 
 
 class Texts(keras.utils.PyDataset):
@@ -182,13 +183,14 @@ KINDS = {
 @pytest.mark.parametrize("data", [TEXTS, PAIRS], ids=["texts", "pairs"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_data_gives_the_same_loss(still, kind, data):
-    loss, accuracy = expected_results(still, *still.preprocessor(data))
+    loss, accuracy, surprise = expected_results(still, *still.preprocessor(data))
     # Keras asks how many batches an iterator has.
     steps = 2 if kind == "generator" else None
     history = still.fit(KINDS[kind](data), batch_size=2, shuffle=False, verbose=0, steps_per_epoch=steps).history
     assert history["loss"] == pytest.approx([loss], rel=1e-4)
     assert history["sparse_categorical_accuracy"] == pytest.approx([accuracy], abs=1e-6)
     found = still.evaluate(KINDS[kind](data), batch_size=2, verbose=0, steps=steps, return_dict=True)
+    assert np.log(found.pop("perplexity")) == pytest.approx(surprise, rel=1e-4)
     assert found == pytest.approx({"loss": loss, "sparse_categorical_accuracy": accuracy}, rel=1e-4)
     logits = still.predict(KINDS[kind](data), batch_size=2, verbose=0, steps=steps)
     np.testing.assert_allclose(logits, logits_of(still, still.preprocessor(data)[0]), rtol=1e-3, atol=1e-4)
@@ -203,7 +205,7 @@ def torch_loader(data):
 
 @pytest.mark.parametrize("data", [TEXTS, PAIRS], ids=["texts", "pairs"])
 def test_a_data_loader_gives_the_same_loss_in_every_epoch(still, data):
-    loss, _ = expected_results(still, *still.preprocessor(data))
+    loss, *_ = expected_results(still, *still.preprocessor(data))
     loader = torch_loader(data)
     history = still.fit(loader, validation_data=loader, epochs=2, shuffle=False, verbose=0).history
     assert history["loss"] == pytest.approx([loss, loss], rel=1e-4)
@@ -215,17 +217,18 @@ def test_a_data_loader_gives_the_same_loss_in_every_epoch(still, data):
 def test_a_data_loader_may_collate_with_the_preprocessor(still):
     from torch.utils.data import DataLoader
 
-    loss, _ = expected_results(still, *still.preprocessor(TEXTS))
+    loss, *_ = expected_results(still, *still.preprocessor(TEXTS))
     loader = DataLoader(TEXTS, batch_size=2, collate_fn=still.preprocessor)
     assert still.fit(loader, shuffle=False, verbose=0).history["loss"] == pytest.approx([loss], rel=1e-4)
 
 
 def test_tokenized_arrays_are_taken_as_they_are(still):
     x, y, weight = still.preprocessor(TEXTS)
-    loss, accuracy = expected_results(still, x, y, weight)
+    loss, accuracy, surprise = expected_results(still, x, y, weight)
     found = still.fit(x, y, 2, sample_weight=weight, shuffle=False, verbose=0).history
     assert found["loss"] == pytest.approx([loss], rel=1e-4)
     found = still.evaluate(x, y, 2, sample_weight=weight, verbose=0)
+    assert np.log(found.pop()) == pytest.approx(surprise, rel=1e-4)
     assert found == pytest.approx([loss, accuracy], rel=1e-4)
     bare = Gemma2CausalLM(still.backbone, compile=False)
     assert bare.preprocessor is None
@@ -235,16 +238,12 @@ def test_tokenized_arrays_are_taken_as_they_are(still):
 
 
 def test_validation_takes_the_same_data_and_names_its_metrics(still):
-    loss, accuracy = expected_results(still, *still.preprocessor(TEXTS))
+    loss, accuracy, _ = expected_results(still, *still.preprocessor(TEXTS))
     x, y, weight = still.preprocessor(TEXTS)
     for validation in (TEXTS, (x, y, weight), Texts(batches(TEXTS))):
         history = still.fit(TEXTS, batch_size=2, validation_data=validation, shuffle=False, verbose=0).history
-        assert sorted(history) == [
-            "loss",
-            "sparse_categorical_accuracy",
-            "val_loss",
-            "val_sparse_categorical_accuracy",
-        ]
+        names = {"loss", "perplexity", "sparse_categorical_accuracy"}
+        assert {*history} == names | {f"val_{name}" for name in names}
         assert history["val_loss"] == pytest.approx([loss], rel=1e-4)
         assert history["val_sparse_categorical_accuracy"] == pytest.approx([accuracy], abs=1e-6)
 
@@ -256,7 +255,7 @@ def test_a_share_of_the_texts_validates(still):
 
 
 def test_single_batches_of_text_train_evaluate_and_predict(still):
-    loss, _ = expected_results(still, *still.preprocessor(TEXTS[:2]))
+    loss, *_ = expected_results(still, *still.preprocessor(TEXTS[:2]))
     assert still.train_on_batch(TEXTS[:2])[0] == pytest.approx(loss, rel=1e-4)
     assert still.test_on_batch(TEXTS[:2])[0] == pytest.approx(loss, rel=1e-4)
     assert still.predict_on_batch(TEXTS[:2]).shape == (2, 16, tiny.VOCABULARY_SIZE)
@@ -305,7 +304,7 @@ def test_adapters_alone_train_again_and_again_and_generation_follows(tmp_path):
         variable.assign(random.normal(0, 1, variable.shape))
     # Neither evaluation nor generation still runs what was compiled without adapters.
     x, y, weight = model.preprocessor(TEXTS[:2])
-    loss, _ = expected_results(model, x, y, weight)
+    loss, *_ = expected_results(model, x, y, weight)
     assert abs(loss - before) > 1e-3
     assert model.evaluate(TEXTS[:2], verbose=0)[0] == pytest.approx(loss, rel=1e-4)
     assert model.generate("The cat", max_new_tokens=3) == most_likely(model, "The cat", 3)

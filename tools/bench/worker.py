@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 import time
 
@@ -47,10 +48,10 @@ def main() -> None:
         while made < _WARM_TOKENS or time.perf_counter() - began < _WARM_SECONDS:
             seconds(rows, options.new)
             made += options.new
-        # The quickest of the runs, since others use this machine, too.
-        prefill = min(seconds(rows, 1) for _ in range(3))
-        whole = min(seconds(rows, options.new) for _ in range(3))
-        found |= {"prefill_s": prefill, "tokens_per_s": (options.new - 1) / (whole - prefill)}
+        # Others use this machine, too: each run is compared with its neighbour, and the middle one counts.
+        turns = [(seconds(rows, 1), seconds(rows, options.new)) for _ in range(5)]
+        decode = statistics.median(whole - prefill for prefill, whole in turns)
+        found |= {"prefill_s": min(prefill for prefill, _ in turns), "tokens_per_s": (options.new - 1) / decode}
     elif options.work == "ragged":
         rows = prompts(RAGGED, shape["vocabulary_size"])
         seconds(rows, options.new)

@@ -1,0 +1,107 @@
+"""Training on tokens without their logits."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+from keras import ops
+
+from gemma2_keras.tasks.next_token_loss import NextTokenLoss, TokenMetrics
+from gemma2_keras.tasks.text_generation import TextGeneration
+
+
+class TokenTraining(TextGeneration):
+    """A model that generates, whose training and evaluation stop at the hidden states when the loss needs no more.
+
+    Keras' trainers take a model's output to `compute_loss`: within a step that output is the (B, T, D) states, which
+    `NextTokenLoss` is computed from; everywhere else, and with any other loss or metric, it is the logits.
+    """
+
+    _token_metrics: TokenMetrics | None = None
+    _takes_states = False
+    _in_step = False
+
+    def compile_training(self, loss: Any, weighted_metrics: Any, metrics: Any) -> tuple[Any, Any]:
+        """Decide how losses are made.
+
+        Args:
+            loss: as `compile` is given it.
+            weighted_metrics: likewise.
+            metrics: likewise.
+
+        Returns:
+            `loss` and `weighted_metrics` for `keras_hub.models.CausalLM.compile`.
+        """
+        loss = NextTokenLoss() if isinstance(loss, str) and loss == "auto" else loss
+        automatic = isinstance(weighted_metrics, str) and weighted_metrics == "auto"
+        plain = isinstance(loss, NextTokenLoss) and loss.reduction == "mean_with_sample_weight"
+        self._takes_states = plain and not metrics and (automatic or not weighted_metrics)
+        self._token_metrics = TokenMetrics() if self._takes_states and automatic else None
+        return loss, None if self._takes_states else weighted_metrics
+
+    def set_remat(self, remat: bool) -> None:
+        """Keep, in training, the inputs of every decoder block's branches alone, or all that the gradient needs."""
+        if not isinstance(remat, bool):
+            raise ValueError(f"`remat` must be True or False; given {remat!r}.")
+        for block in self.backbone.transformer_layers:
+            block.remat = remat
+
+    @property
+    def remat(self) -> bool:
+        """Whether training computes each branch again for its gradient, as `compile(remat=True)` asks."""
+        return self.backbone.transformer_layers[0].remat
+
+    @property
+    def watches_tokens(self) -> bool:
+        """Whether accuracy and perplexity come from the sums of the loss."""
+        return self._token_metrics is not None
+
+    @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        """What `compile` asked for."""
+        own = [] if self._token_metrics is None else self._token_metrics.all
+        return [*super().metrics, *own]
+
+    def call(self, inputs, training=None, mask=None):
+        """Tokens to logits, or to states within a step whose loss needs no logits."""
+        if self._in_step:
+            return self.backbone(inputs, training=training)
+        return super().call(inputs, training=training, mask=mask)
+
+    def train_step(self, *args):
+        """One step of training, as the backend's trainer makes it."""
+        with self._step():
+            return super().train_step(*args)
+
+    def test_step(self, *args):
+        """One step of evaluation, as the backend's trainer makes it."""
+        with self._step():
+            return super().test_step(*args)
+
+    @contextlib.contextmanager
+    def _step(self) -> Iterator[None]:
+        self._in_step = self._takes_states
+        try:
+            yield
+        finally:
+            self._in_step = False
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """The loss of states within such a step, otherwise that of logits."""
+        if not self._in_step:
+            return super().compute_loss(x, y, y_pred, sample_weight, training)
+        sums = self.backbone.token_embedding.cross_entropy(y_pred, y, sample_weight, self.loss.terms, training)
+        weights = ops.ones_like(y) if sample_weight is None else sample_weight
+        tokens = ops.sum(ops.cast(weights, "float32"))
+        if self._token_metrics is not None:
+            self._token_metrics.update(sums, tokens)
+        return ops.divide_no_nan(sums.loss, tokens) + sum(self.losses)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        """All metrics; those of a step without logits were updated with its loss."""
+        if not self._in_step:
+            return super().compute_metrics(x, y, y_pred, sample_weight)
+        return self.get_metrics_result()

@@ -1,0 +1,160 @@
+"""The loss in blocks of tokens against the loss of all logits at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import ops
+
+from gemma2_keras import kernels
+from gemma2_keras.ops import cross_entropy as portable
+from gemma2_keras.ops.cross_entropy import LossTerms
+
+BACKEND = keras.backend.backend()
+array = ops.convert_to_numpy
+
+
+def value_and_gradients(function, *tensors):
+    """`function`'s loss, its other sums, and the gradients with respect to `tensors`."""
+    if BACKEND == "jax":
+        import jax
+
+        def run(*tensors):
+            sums = function(*tensors)
+            return sums.loss, sums
+
+        (_, sums), gradients = jax.value_and_grad(run, range(len(tensors)), has_aux=True)(*tensors)
+    elif BACKEND == "torch":
+        tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+        sums = function(*tensors)
+        sums.loss.backward()
+        gradients = [tensor.grad for tensor in tensors]
+    else:
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            sums = function(*tensors)
+        gradients = tape.gradient(sums.loss, tensors)
+    return [float(array(x)) for x in sums], [array(ops.cast(x, "float32")) for x in gradients]
+
+
+def problem(seed, tokens, width, vocabulary, dtype="float32"):
+    random = np.random.default_rng(seed)
+    weights = random.choice([0.0, 0.0, 0.3, 1.0, 2.0], tokens)
+    weights[0] = 1.0
+    return (
+        ops.convert_to_tensor(random.normal(size=(tokens, width)), dtype),
+        ops.convert_to_tensor(random.normal(size=(vocabulary, width)), dtype),
+        ops.convert_to_tensor(random.integers(0, vocabulary, tokens), "int32"),
+        ops.convert_to_tensor(weights, "float32"),
+    )
+
+
+# A shape is compiled anew on JAX.
+@settings(max_examples=40 if BACKEND == "torch" else 8)
+@given(
+    seed=st.integers(0, 2**16),
+    tokens=st.integers(1, 40),
+    vocabulary=st.integers(2, 50),
+    cap=st.sampled_from([None, 30.0, 1.5]),
+    terms=st.sampled_from([LossTerms(), LossTerms(0.1, 0.0), LossTerms(0.0, 0.01), LossTerms(0.2, 0.003)]),
+    rows=st.sampled_from([8, 16, 1024]),
+)
+def test_sums_and_gradients_are_those_of_all_logits(seed, tokens, vocabulary, cap, terms, rows):
+    hidden, table, labels, weights = problem(seed, tokens, 5, vocabulary)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(portable, "_BLOCK", rows * vocabulary)
+        found, expected = (
+            value_and_gradients(
+                lambda h, t, f=f: f(h, t, labels, weights, cap, terms, training=True, table_trains=True), hidden, table
+            )
+            for f in (kernels.projected_cross_entropy, portable.projected_cross_entropy)
+        )
+        alone = kernels.projected_cross_entropy(hidden, table, labels, weights, cap, terms, False, True)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose([float(array(x)) for x in alone], expected[0], rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(found[1], expected[1], strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_table_gets_no_gradient():
+    hidden, table, labels, weights = problem(0, 6, 5, 11)
+    arguments = labels, weights, 3.0, LossTerms(), True
+    trained = value_and_gradients(
+        lambda h, t: kernels.projected_cross_entropy(h, t, *arguments, table_trains=True), hidden, table
+    )
+    frozen = value_and_gradients(
+        lambda h: kernels.projected_cross_entropy(h, table, *arguments, table_trains=False), hidden
+    )
+    np.testing.assert_array_equal(frozen[1][0], trained[1][0])
+
+
+def test_no_token_that_counts_is_no_loss():
+    hidden, table, labels, weights = problem(0, 6, 5, 11)
+    sums, (gradient,) = value_and_gradients(
+        lambda h: kernels.projected_cross_entropy(h, table, labels, weights * 0, 3.0, LossTerms(), True, False), hidden
+    )
+    assert sums == [0.0, 0.0, 0.0]
+    np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
+
+
+def test_bfloat16_is_as_near_the_truth_as_all_logits_are():
+    hidden, table, labels, weights = problem(1, 40, 64, 50, "bfloat16")
+    terms = LossTerms()
+
+    def gradient(function, *tensors):
+        tensors = [ops.cast(x, "float32") for x in tensors] if function is None else tensors
+        function = function or portable.projected_cross_entropy
+        return value_and_gradients(
+            lambda h: function(h, tensors[1], labels, weights, 10.0, terms, True, False), tensors[0]
+        )
+
+    truth = gradient(None, hidden, table)
+    plain = gradient(portable.projected_cross_entropy, hidden, table)
+    found = gradient(kernels.projected_cross_entropy, hidden, table)
+    error, usual = (np.linalg.norm(x[1][0] - truth[1][0]) for x in (found, plain))
+    assert error <= 1.1 * usual
+    np.testing.assert_allclose(found[0][:2], truth[0][:2], rtol=0.01)
+
+
+_MEASURE = """
+import numpy as np
+from keras import ops
+from gemma2_keras.kernels import compiled
+from gemma2_keras.memory import peak_bytes
+from gemma2_keras.layers.embedding import TokenEmbedding
+from gemma2_keras.ops.cross_entropy import LossTerms
+
+layer = TokenEmbedding(65536, 16, 30.0)
+layer.build((None, None))
+layer.embeddings.trainable = False
+
+def run(states, labels):
+    return tuple(layer.cross_entropy(states, labels, None, LossTerms(), True))
+
+run = compiled(run, layer.variables, lambda: None, None)
+peaks = []
+for tokens in (1024, 1024, 6144):
+    states = np.random.default_rng(0).normal(size=(1, tokens, 16)).astype("float32")
+    ops.convert_to_numpy(run(states, np.ones((1, tokens), "int32"))[0])
+    peaks.append(peak_bytes())
+print(peaks[1], peaks[2])
+"""
+
+
+def test_memory_does_not_grow_with_tokens_times_vocabulary():
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE], capture_output=True, text=True, env={**os.environ, "KERAS_BACKEND": BACKEND}
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = map(int, done.stdout.split())
+    # The logits of the tokens that came in addition.
+    assert after - before < 5120 * 65536 * 4 / 8
