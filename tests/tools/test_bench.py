@@ -11,6 +11,7 @@ from tools.bench import report, worker
 from tools.bench.contenders import CONTENDERS
 from tools.bench.shapes import CALLS, RAGGED, SHAPES, prompts
 from tools.bench.table import ROWS
+from tools.bench.trainers import TRAINERS
 
 SMALL = {**SHAPES["mini"], "vocabulary_size": 640, "num_layers": 1, "hidden_dim": 24, "intermediate_dim": 32}
 LIMITS = {"read_gb_s": 40.0, "matmul_float32_gf_s": 100.0, "matmul_bfloat16_gf_s": 400.0}
@@ -21,7 +22,8 @@ def test_goals_are_about_contenders_of_their_row():
     for row in ROWS:
         labels = [contender.label for contender in row.contenders]
         assert len(labels) == len(set(labels))
-        assert all(contender.name in CONTENDERS for contender in row.contenders)
+        known = TRAINERS if row.arguments[0] == "train" else CONTENDERS
+        assert all(contender.name in known for contender in row.contenders)
         source = next(other for other in ROWS if other.name == row.source)
         assert (source.arguments, source.contenders) == (row.arguments, row.contenders)
         assert all(mine.startswith("gemma2_keras") and {mine, other} <= set(labels) for mine, other, _ in row.goals)
@@ -36,7 +38,7 @@ def test_prompts_have_their_lengths_and_are_the_same_each_time():
     assert len({length for length, _ in CALLS}) == len(CALLS)
 
 
-@pytest.mark.parametrize("work", ["decode", "ragged", "calls"])
+@pytest.mark.parametrize("work", ["decode", "ragged", "calls", "train"])
 def test_a_worker_prints_what_its_contender_took(monkeypatch, capsys, work):
     monkeypatch.setitem(SHAPES, "small", SMALL)
     monkeypatch.setattr(sys, "argv", ["worker", "gemma2_keras", work, "--size", "small", "--prompt", "9", "--new", "3"])
@@ -50,13 +52,21 @@ def test_a_worker_prints_what_its_contender_took(monkeypatch, capsys, work):
         "decode": {"first_call_s", "prefill_s", "tokens_per_s"},
         "ragged": {"total_s", "tokens_per_s"},
         "calls": {"total_s", "compilations"},
+        "train": {"first_call_s", "tokens_per_s", "above_bytes"},
     }
     assert expected[work] <= set(found)
 
 
 def stored(**figures):
     """Results in which every contender has the same figures, but for what is named."""
-    usual = {"tokens_per_s": 10.0, "prefill_s": 1.0, "total_s": 2.0, "first_call_s": 3.0, "peak_bytes": 10**9}
+    usual = {
+        "tokens_per_s": 10.0,
+        "prefill_s": 1.0,
+        "total_s": 2.0,
+        "first_call_s": 3.0,
+        "peak_bytes": 10**9,
+        "above_bytes": 10**9,
+    }
     rows = {}
     for row in ROWS:
         if row.measured_with:

@@ -30,10 +30,10 @@ def ours(shape: dict[str, Any], dtype: str) -> Run:
     return run
 
 
-def keras_hub(shape: dict[str, Any], dtype: str) -> Run:
+def keras_hub_backbone(shape: dict[str, Any], dtype: str) -> Any:
     import keras_hub
 
-    backbone = keras_hub.models.GemmaBackbone(
+    return keras_hub.models.GemmaBackbone(
         **{**shape, "intermediate_dim": 2 * shape["intermediate_dim"]},
         query_head_dim_normalize=True,
         use_post_ffw_norm=True,
@@ -43,6 +43,12 @@ def keras_hub(shape: dict[str, Any], dtype: str) -> Run:
         use_sliding_window_attention=True,
         dtype=dtype,
     )
+
+
+def keras_hub(shape: dict[str, Any], dtype: str) -> Run:
+    import keras_hub
+
+    backbone = keras_hub_backbone(shape, dtype)
 
     # Each trace calls this method once; on torch, which traces nothing, each call does.
     class Counting(keras_hub.models.GemmaCausalLM):
@@ -62,7 +68,7 @@ def keras_hub(shape: dict[str, Any], dtype: str) -> Run:
     return run
 
 
-def transformers(shape: dict[str, Any], dtype: str, attention: str = "eager", compiled: bool = False) -> Run:
+def transformers_model(shape: dict[str, Any], dtype: str, attention: str = "eager") -> Any:
     import torch
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -81,9 +87,16 @@ def transformers(shape: dict[str, Any], dtype: str, attention: str = "eager", co
     )
     usual = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
-    model: Any = Gemma2ForCausalLM(config).eval()
+    model = Gemma2ForCausalLM(config).eval()
     torch.set_default_dtype(usual)
-    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return model
+
+
+def transformers(shape: dict[str, Any], dtype: str, attention: str = "eager", compiled: bool = False) -> Run:
+    import torch
+
+    model = transformers_model(shape, dtype, attention)
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     if compiled:
         options["cache_implementation"] = "static"
         model.forward = torch.compile(model.forward)

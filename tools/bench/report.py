@@ -59,8 +59,9 @@ def _page(rows: list[Row], stored: dict[str, Any]) -> str:
             f"{part['date']}; read {rates['read_gb_s']:.1f} GB/s, matrix products "
             f"{rates['matmul_float32_gf_s']:.0f} GF/s in float32, {rates['matmul_bfloat16_gf_s']:.0f} in bfloat16.",
             "",
-            "| contender | tokens/s | GB/s of weights | prefill, s | total, s | first call, s | programs | peak, GB |",
-            "|---|---|---|---|---|---|---|---|",
+            "| contender | tokens/s | GB/s of weights | prefill, s | total, s | first call, s | programs "
+            "| above the model, GB | peak, GB |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for name, found in part["contenders"].items():
             lines.append(_figures(row, name, found))
@@ -71,18 +72,19 @@ def _page(rows: list[Row], stored: dict[str, Any]) -> str:
 
 def _figures(row: Row, name: str, found: dict[str, Any]) -> str:
     if "error" in found:
-        return f"| {name} | failed: {found['error']} | | | | | | |"
+        return f"| {name} | failed: {found['error']} | | | | | | | |"
 
     def shown(key: str, digits: int) -> str:
         value = found.get(key)
         return "" if value is None else f"{value:.{digits}f}"
 
     read = ""
-    if row.measure == "tokens_per_s":
+    if row.arguments[0] == "decode":
         read = f"{found['tokens_per_s'] * _weight_bytes(row) / 1e9:.1f}"
     peak = f"{found['peak_bytes'] / 1e9:.2f}"
     cells = [shown("tokens_per_s", 1), read, shown("prefill_s", 3), shown("total_s", 2), shown("first_call_s", 1)]
-    return f"| {name} | {' | '.join(cells)} | {shown('compilations', 0)} | {peak} |"
+    above = f"{found['above_bytes'] / 1e9:.2f}" if "above_bytes" in found else ""
+    return f"| {name} | {' | '.join(cells)} | {shown('compilations', 0)} | {above} | {peak} |"
 
 
 def _memory(stored: dict[str, Any]) -> list[str]:

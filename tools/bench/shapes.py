@@ -16,6 +16,17 @@ SHAPES = {
         "head_dim": 64,
         "sliding_window_size": 256,
     },
+    # The mini shape's like with the whole vocabulary, which is what training is spent on.
+    "wide": {
+        "vocabulary_size": 256000,
+        "num_layers": 6,
+        "num_query_heads": 8,
+        "num_key_value_heads": 4,
+        "hidden_dim": 512,
+        "intermediate_dim": 2048,
+        "head_dim": 64,
+        "sliding_window_size": 256,
+    },
     "2b": {
         "vocabulary_size": 256000,
         "num_layers": 26,

@@ -62,6 +62,7 @@ class Row:
 OURS = tuple(Contender("gemma2_keras", backend) for backend in BACKENDS)
 KERAS_HUB = tuple(Contender("keras_hub", backend) for backend in BACKENDS)
 TRANSFORMERS = Contender("transformers")
+PEFT = Contender("transformers peft")
 # Whoever is compared stands next to the other, so that both find the machine in one state.
 PAIRS = tuple(contender for pair in zip(OURS, KERAS_HUB, strict=True) for contender in pair)
 
@@ -73,6 +74,7 @@ def _goals(torch: float, jax: float, tensorflow: float, **others: float) -> tupl
         "transformers": "transformers",
         "sdpa": "transformers sdpa",
         "compiled": "transformers compiled",
+        "peft": "transformers peft",
         "llama_cpp": "llama.cpp",
     }
     return (*pairs, *(("gemma2_keras torch", names[name], goal) for name, goal in others.items()))
@@ -143,5 +145,43 @@ ROWS = (
         False,
         PAIRS,
         _goals(1.0, 5.0, 5.0),
+    ),
+    Row(
+        "M1",
+        "peak memory of building and generating, 2B shape, bfloat16",
+        ("decode", "--size", "2b", "--dtype", "bfloat16", "--new", "24"),
+        "peak_bytes",
+        False,
+        (Contender("llama.cpp"), OURS[0], TRANSFORMERS, Contender("transformers compiled"), KERAS_HUB[0], *PAIRS[2:]),
+        _goals(1.0, 1.67, 1.0),
+        measured_with="D1",
+    ),
+    Row(
+        "T1",
+        "LoRA training step, 256,000 words, float32, 2 sequences of 512 tokens",
+        ("train", "--size", "wide"),
+        "tokens_per_s",
+        True,
+        (PEFT, *PAIRS),
+        _goals(3.0, 1.5, 1.0, peft=2.5),
+    ),
+    Row(
+        "T1-memory",
+        "peak memory of that training above the model's, bytes",
+        ("train", "--size", "wide"),
+        "above_bytes",
+        False,
+        (PEFT, *PAIRS),
+        _goals(2.86, 2.86, 2.86, peft=1.0),
+        measured_with="T1",
+    ),
+    Row(
+        "T2-memory",
+        "the same with sequences of 2048 tokens",
+        ("train", "--size", "wide", "--length", "2048"),
+        "above_bytes",
+        False,
+        (PEFT, *PAIRS),
+        _goals(2.86, 2.86, 2.86, peft=1.0),
     ),
 )

@@ -8,29 +8,37 @@ import os
 import statistics
 import sys
 import time
+from typing import Any
+
+import numpy as np
 
 from tools.bench.shapes import CALLS, RAGGED, SHAPES, prompts
 
 _WARM_TOKENS = 48
 _WARM_SECONDS = 12.0
+_STEPS = 5
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("contender")
-    parser.add_argument("work", choices=("decode", "ragged", "calls"))
+    parser.add_argument("work", choices=("decode", "ragged", "calls", "train"))
     parser.add_argument("--backend", default="torch")
     parser.add_argument("--size", default="mini")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=512)
     options = parser.parse_args()
     os.environ |= {"KERAS_BACKEND": options.backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
 
-    from gemma2_keras.memory import peak_bytes
     from tools.bench.contenders import CONTENDERS
 
     shape = SHAPES[options.size]
+    if options.work == "train":
+        _print(_trained(options, shape))
+        return
     run = CONTENDERS[options.contender](shape, options.dtype)
 
     def seconds(rows: list[list[int]], new: int) -> float:
@@ -62,8 +70,37 @@ def main() -> None:
         for length, new in CALLS:
             compilations = run(prompts((length,), shape["vocabulary_size"]), new)
         found |= {"total_s": time.perf_counter() - began, "compilations": compilations}
-    found["peak_bytes"] = peak_bytes()
-    print(json.dumps(found))
+    _print(found)
+
+
+def _trained(options: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
+    from gemma2_keras.memory import peak_bytes
+    from tools.bench.trainers import TRAINERS
+
+    prepare = TRAINERS[options.contender](shape, options.dtype)
+    before = peak_bytes() or 0
+    step = prepare()
+    rows = prompts((options.length + 1,) * options.batch, shape["vocabulary_size"])
+    tokens = np.asarray(rows, "int32")
+
+    def seconds() -> float:
+        began = time.perf_counter()
+        step(tokens)
+        return time.perf_counter() - began
+
+    first = seconds()
+    usual = statistics.median(seconds() for _ in range(_STEPS))
+    return {
+        "first_call_s": first,
+        "tokens_per_s": options.batch * options.length / usual,
+        "above_bytes": max((peak_bytes() or 0) - before, 1),
+    }
+
+
+def _print(found: dict[str, Any]) -> None:
+    from gemma2_keras.memory import peak_bytes
+
+    print(json.dumps({**found, "peak_bytes": peak_bytes()}))
     sys.stdout.flush()
 
 
