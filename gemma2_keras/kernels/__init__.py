@@ -11,6 +11,7 @@ match keras.backend.backend():
             linear,
             projected_cross_entropy,
             stored,
+            tensor,
             write_slots,
         )
     case "tensorflow":
@@ -21,6 +22,7 @@ match keras.backend.backend():
             linear,
             projected_cross_entropy,
             stored,
+            tensor,
             write_slots,
         )
     case "torch":
@@ -31,9 +33,19 @@ match keras.backend.backend():
             linear,
             projected_cross_entropy,
             stored,
+            tensor,
             write_slots,
         )
     case backend:
         raise ImportError(f"gemma2_keras runs on the Keras backends jax, tensorflow and torch; this is {backend}.")
 
-__all__ = ["STATIC_SHAPES", "attention", "compiled", "linear", "projected_cross_entropy", "stored", "write_slots"]
+__all__ = [
+    "STATIC_SHAPES",
+    "attention",
+    "compiled",
+    "linear",
+    "projected_cross_entropy",
+    "stored",
+    "tensor",
+    "write_slots",
+]

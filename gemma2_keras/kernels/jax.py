@@ -13,7 +13,16 @@ import keras
 from gemma2_keras.ops.attention import attention, soft_cap
 from gemma2_keras.ops.cross_entropy import LossTerms, TokenSums, tokens_at_once
 
-__all__ = ["STATIC_SHAPES", "attention", "compiled", "linear", "projected_cross_entropy", "stored", "write_slots"]
+__all__ = [
+    "STATIC_SHAPES",
+    "attention",
+    "compiled",
+    "linear",
+    "projected_cross_entropy",
+    "stored",
+    "tensor",
+    "write_slots",
+]
 
 # Whether a program is compiled anew for other shapes.
 STATIC_SHAPES = True
@@ -140,6 +149,11 @@ def _summed(hidden, table, labels, weights, cap, terms, gradient=False, table_tr
 def write_slots(buffer: Any, slots: Any, values: Any) -> Any:
     """As `ops.cache.write_slots`, touching the written slots alone."""
     return buffer.at[jnp.arange(buffer.shape[0]), slots].set(values[:, 0].astype(buffer.dtype))
+
+
+def tensor(array: Any) -> Any:
+    """A tensor of the numbers of a NumPy array."""
+    return keras.ops.convert_to_tensor(array)
 
 
 def stored(variable: Any) -> Any:

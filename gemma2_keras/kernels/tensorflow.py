@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from gemma2_keras.ops.attention import attention, soft_cap
 from gemma2_keras.ops.cross_entropy import LossTerms, TokenSums, tokens_at_once
 from gemma2_keras.ops.linear import linear
 
-__all__ = ["STATIC_SHAPES", "attention", "compiled", "linear", "projected_cross_entropy", "stored", "write_slots"]
+__all__ = [
+    "STATIC_SHAPES",
+    "attention",
+    "compiled",
+    "linear",
+    "projected_cross_entropy",
+    "stored",
+    "tensor",
+    "write_slots",
+]
 
 # Whether a program is compiled anew for other shapes.
 STATIC_SHAPES = False
@@ -100,6 +110,11 @@ def write_slots(buffer: Any, slots: Any, values: Any) -> Any:
     """As `ops.cache.write_slots`, touching the written slots alone."""
     rows = tf.range(tf.shape(buffer)[0], dtype=slots.dtype)
     return tf.tensor_scatter_nd_update(buffer, tf.stack([rows, slots], axis=1), tf.cast(values[:, 0], buffer.dtype))
+
+
+def tensor(array: Any) -> Any:
+    """A tensor of the numbers of a NumPy array."""
+    return keras.ops.convert_to_tensor(array)
 
 
 def stored(variable: Any) -> Any:

@@ -15,7 +15,16 @@ from gemma2_keras.ops import attention as portable
 from gemma2_keras.ops.cross_entropy import LossTerms, TokenSums, tokens_at_once
 from gemma2_keras.ops.linear import linear
 
-__all__ = ["STATIC_SHAPES", "attention", "compiled", "linear", "projected_cross_entropy", "stored", "write_slots"]
+__all__ = [
+    "STATIC_SHAPES",
+    "attention",
+    "compiled",
+    "linear",
+    "projected_cross_entropy",
+    "stored",
+    "tensor",
+    "write_slots",
+]
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -128,6 +137,13 @@ def write_slots(buffer: Any, slots: Any, values: Any) -> Any:
     return buffer
 
 
+def tensor(array: Any) -> Any:
+    """A tensor of the numbers of a NumPy array, over its memory where there is one memory for both."""
+    bfloat16 = array.dtype == ml_dtypes.bfloat16
+    numbers = torch.from_numpy(array.view("uint16") if bfloat16 else array)
+    return keras.ops.convert_to_tensor(numbers.view(torch.bfloat16) if bfloat16 else numbers)
+
+
 def stored(variable: Any) -> Any:
     """The tensor in which a Keras variable is kept, not a copy of it."""
     return variable.value.detach()
@@ -145,17 +161,12 @@ def compiled(function: Callable, variables: Sequence[Any], traced: Callable[[], 
     del variables, traced, donate
 
     def call(*arguments, **static):
-        arguments = keras.tree.map_structure(_tensor, arguments)
+        arguments = keras.tree.map_structure(_converted, arguments)
         with torch.no_grad():
             return function(*arguments, **static)
 
     return call
 
 
-def _tensor(x: Any) -> Any:
-    """A tensor over the memory of an array, where there is one memory for both."""
-    if not isinstance(x, np.ndarray):
-        return x
-    bfloat16 = x.dtype == ml_dtypes.bfloat16
-    tensor = torch.from_numpy(x.view("uint16") if bfloat16 else x)
-    return keras.ops.convert_to_tensor(tensor.view(torch.bfloat16) if bfloat16 else tensor)
+def _converted(x: Any) -> Any:
+    return tensor(x) if isinstance(x, np.ndarray) else x

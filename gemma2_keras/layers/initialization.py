@@ -11,6 +11,8 @@ import keras
 import ml_dtypes
 import numpy as np
 
+from gemma2_keras.kernels import tensor
+
 STANDARD_DEVIATION = 0.02
 # Numbers drawn at once.
 _BLOCK = 2**22
@@ -56,4 +58,4 @@ class BlockwiseNormal(keras.initializers.RandomNormal):
             block = numbers[start : start + rows]
             drawn = keras.random.normal(block.shape, self.mean, self.stddev, "float32", int(seed))
             block[...] = keras.ops.convert_to_numpy(drawn)
-        return keras.ops.convert_to_tensor(numbers, dtype)
+        return tensor(numbers)
