@@ -127,8 +127,8 @@ def read_adapter(folder: str | os.PathLike, backbone: Any) -> StoredAdapter:
     specs = parse_config(read_json(path / CONFIG_FILE), list(shapes))
     if not (path / WEIGHTS_FILE).exists() and (path / _PICKLE_FILE).exists():
         raise CheckpointError(
-            f"{path / _PICKLE_FILE} is a pickle, which can run code and is not read. Save the adapter again with PEFT's "
-            "`safe_serialization=True`."
+            f"{path / _PICKLE_FILE} is a pickle, which can run code and is not read. Save the adapter again with "
+            "`safe_serialization=True` of PEFT."
         )
     expected = {
         _tensor_name(module, part): (module, part, shape)

@@ -247,7 +247,7 @@ class Adaptable:
         self._enable(config["enabled"])
 
     def _known(self, name: Any) -> str:
-        if name not in self._adapters:
+        if not isinstance(name, str) or name not in self._adapters:
             raise ValueError(f"There is no adapter {name!r}; the model has {self.adapters or 'none'}.")
         return name
 

@@ -6,8 +6,6 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
-import keras
-
 from gemma2_keras.checkpoints.adapters import read_adapter, write_adapter
 from gemma2_keras.layers.linear import DEFAULT_ADAPTER
 
@@ -70,9 +68,7 @@ class AdapterTask(_Task):
         >>> {v.path.split("/")[-1] for v in model.trainable_variables} == {"lora_a", "lora_b"}
         True
         """
-        self.backbone.enable_lora(
-            rank, targets, alpha, dropout, use_rslora=use_rslora, use_dora=use_dora, name=name
-        )
+        self.backbone.enable_lora(rank, targets, alpha, dropout, use_rslora=use_rslora, use_dora=use_dora, name=name)
         self.notice_adapters()
 
     def set_adapter(self, name: str) -> None:
@@ -161,9 +157,7 @@ class AdapterTask(_Task):
         """
         write_adapter(folder, self.backbone, self.backbone.selected_adapter if name is None else name)
 
-    def load_adapter(
-        self, folder: str | os.PathLike, name: str = DEFAULT_ADAPTER, *, trainable: bool = False
-    ) -> None:
+    def load_adapter(self, folder: str | os.PathLike, name: str = DEFAULT_ADAPTER, *, trainable: bool = False) -> None:
         """Add an adapter that `save_adapter` or PEFT wrote; it is the one in effect from now on.
 
         Args:

@@ -62,7 +62,7 @@ class Gemma2CausalLM(AdapterTask, TextGeneration):
         outputs = backbone.token_embedding(backbone(inputs), reverse=True)
         self.forget_programs()
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
-        self._weights_compiled = len(backbone.variables)
+        self.remember_adapters()
 
     def __call__(self, inputs, *args, **kwargs):
         """Check the inputs, then run the model."""
