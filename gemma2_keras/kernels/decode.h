@@ -261,7 +261,7 @@ template <class W>
 void run_logits(Shared& shared, const float* normed, float* logits, float* best, int32_t* best_token) {
   const Model& m = shared.model;
   for (int64_t b = 0; b < shared.batch; b++) best[b] = -INFINITY, best_token[b] = INT32_MAX;
-  Linear table = {m.embedding, nullptr, nullptr, m.vocabulary, m.width, 0, 0.0};
+  Linear table = {m.embedding, nullptr, nullptr, nullptr, m.vocabulary, m.width, 0, 0.0};
   int64_t begin, end;
   while (shared.ranges.back().take(m.vocabulary, shared.threads, 64, &begin, &end)) {
     project<W>(table, normed, shared.batch, begin, end, nullptr,

@@ -7,10 +7,16 @@ import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma2_keras.layers.linear import DEFAULT_ADAPTER, Linear
 from gemma2_keras.layers.low_rank import LowRank
+
+if TYPE_CHECKING:
+    # What a backbone is otherwise, which `Adaptable` stands in front of.
+    from keras_hub.models import Backbone as _Backbone
+else:
+    _Backbone = object
 
 DEFAULT_LORA_TARGETS = ("q_proj", "v_proj")
 ALL_LINEAR = "all-linear"
@@ -19,7 +25,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _BRANCHES = {"attention": "self_attn", "feed_forward": "mlp"}
 
 
-class Adaptable:
+class Adaptable(_Backbone):
     """The part of a backbone that holds adapters by name, at most one of them in effect.
 
     Attributes:
@@ -29,6 +35,7 @@ class Adaptable:
 
     adapter_changes = 0
     training_changes = 0
+    transformer_layers: list[Any]
     # Whether each adapter is trainable while it is chosen.
     _adapters: Mapping[str, bool] = MappingProxyType({})
     _active: str | None = None
@@ -267,7 +274,7 @@ class Adaptable:
                 layer.trainable = bool(layer.adapters)
                 layer.weight.trainable = False
         for layer in layers:
-            layer.select(name, self._adapters.get(name, False))
+            layer.select(name, name is not None and self._adapters[name])
         self.training_changes += 1
         self._enable(True)
 

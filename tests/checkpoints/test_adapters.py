@@ -16,6 +16,11 @@ from gemma2_keras.errors import CheckpointError
 from gemma2_keras.layers.low_rank import LowRank
 from tests.preprocessing import tiny
 
+# As a tool for fine-tuning writes it.
+LONG_PATTERN = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj).*?)"
+    r"|(?:model\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:up_proj)))"
+)
 MODULES = [f"model.layers.{i}.{m}" for i in range(2) for m in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")]
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
 
@@ -306,9 +311,7 @@ def test_keys_that_change_nothing_are_passed_over():
         ({"target_modules": "all-linear"}, MODULES),
         ({"target_modules": ["layers.1.self_attn.q_proj"]}, [MODULES[3]]),
         (
-            {
-                "target_modules": r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj).*?)|(?:model\.layers\.[\d]{1,}\.mlp\.up_proj)"
-            },
+            {"target_modules": LONG_PATTERN},
             [MODULES[2], MODULES[5]],
         ),
         ({"layers_to_transform": 1}, MODULES[3:5]),

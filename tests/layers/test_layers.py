@@ -187,15 +187,15 @@ def test_linear_unmerges_bit_for_bit(dtype, use_dora):
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_linear_drops_the_input_of_its_adapter_in_training_alone(use_dora):
-    layer, x = adapted_layer(LowRank(2, dropout=0.5, use_dora=use_dora)), normal(64, 5)
+    layer, x = adapted_layer(LowRank(2, dropout=0.5, use_dora=use_dora)), np.repeat(normal(1, 5), 10_000, axis=0)
     without = array(adapted_layer(LowRank(2, use_dora=use_dora))(x))
     np.testing.assert_array_equal(array(layer(x)), without)
     np.testing.assert_array_equal(array(layer(x, training=False)), without)
-    dropped = [array(layer(x, training=True)) for _ in range(400)]
-    assert np.abs(dropped[0] - without).max() > 0.1
-    assert np.abs(dropped[0] - dropped[1]).max() > 0.1
-    # The mean over what is dropped is what stands without.
-    assert np.abs(np.mean(dropped, axis=0) - without).max() < 1
+    dropped, others = (array(ops.stop_gradient(layer(x, training=True))) for _ in range(2))
+    assert (dropped.std(axis=0) > 0.1).all()
+    assert np.abs(dropped - others).max() > 0.1
+    # The mean over what is dropped is what stands without, but for chance.
+    assert (np.abs(dropped.mean(axis=0) - without[0]) < 5 * dropped.std(axis=0) / len(x) ** 0.5).all()
 
 
 def test_linear_holds_adapters_by_name():
