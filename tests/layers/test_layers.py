@@ -427,6 +427,7 @@ def test_a_step_is_written_at_the_place_of_its_row_before_it_is_attended_to():
         "layers.feed_forward",
         "layers.initialization",
         "layers.linear",
+        "layers.low_rank",
         "layers.norm",
     ],
 )
