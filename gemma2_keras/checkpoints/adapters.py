@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,8 +90,15 @@ _READ = {
     "layers_to_transform",
     "layers_pattern",
 }
-# A foreign regular expression may not take for ever.
-_LONGEST_PATTERN, _MOST_REPEATS = 2000, 6
+# An expression of these characters alone is quick whatever it says.
+_PLAIN = re.compile(r"[\w.^$\\-]*")
+# Others are foreign code, in effect: they run in a process of their own, which can be ended.
+_SECONDS = 10
+_MATCHER = """
+import json, re, sys
+expressions, names = json.load(sys.stdin)
+json.dump([[name for name in names if re.fullmatch(text, name)] for text in expressions], sys.stdout)
+"""
 
 
 class StoredAdapter(NamedTuple):
@@ -263,11 +273,11 @@ def parse_config(config: dict[str, Any], modules: list[str]) -> dict[str, LowRan
             f"{CONFIG_FILE} has `{'`, `'.join(unknown)}`, unknown here: it could change what the adapter computes. If "
             "you know that it does not, remove it from the file."
         )
-    ranks, alphas = (_Patterns(config, key) for key in ("rank_pattern", "alpha_pattern"))
+    ranks, alphas = (_by_pattern(config, key, modules) for key in ("rank_pattern", "alpha_pattern"))
     flags = {key: config.get(key, False) for key in ("use_rslora", "use_dora")}
     specs = {}
     for module in _targets(config, modules):
-        rank, alpha = ranks.of(module, config["r"]), alphas.of(module, config["lora_alpha"])
+        rank, alpha = ranks.get(module, config["r"]), alphas.get(module, config["lora_alpha"])
         if alpha is None:
             raise CheckpointError(f"`lora_alpha` or `alpha_pattern` in {CONFIG_FILE} must be numbers; one is null.")
         try:
@@ -308,11 +318,11 @@ def _targets(config: dict[str, Any], modules: list[str]) -> list[str]:
     return chosen
 
 
-def _matching(targets: Any, key: str, names: Iterable[str]) -> list[str]:
+def _matching(targets: Any, key: str, names: list[str]) -> list[str]:
     """The names that a list of names, or of their ends, or a regular expression matches."""
     if isinstance(targets, str):
-        pattern = _regular_expression(targets, key)
-        return [name for name in names if pattern.fullmatch(name)]
+        found = _matched([targets], names, key)[0]
+        return [name for name in names if name in found]
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise CheckpointError(f"`{key}` in {CONFIG_FILE} must be a string or a list of strings; it is {targets!r}.")
     wanted = set(targets)
@@ -325,29 +335,36 @@ def _ends(name: str) -> list[str]:
     return [".".join(parts[i:]) for i in range(len(parts))]
 
 
-class _Patterns:
-    """Values for some modules, chosen by regular expressions; the first that matches counts."""
-
-    def __init__(self, config: dict[str, Any], key: str) -> None:
-        patterns = config.get(key) or {}
-        if not isinstance(patterns, dict):
-            raise CheckpointError(f"`{key}` in {CONFIG_FILE} must be an object; it is {patterns!r}.")
-        self._values = [(_regular_expression(f"(.*\\.)?({text})$", key), patterns[text]) for text in patterns]
-
-    def of(self, module: str, otherwise: Any) -> Any:
-        return next((value for pattern, value in self._values if pattern.match(module)), otherwise)
+def _by_pattern(config: dict[str, Any], key: str, modules: list[str]) -> dict[str, Any]:
+    """The values that some modules have, chosen by regular expressions; the first that matches counts."""
+    patterns = config.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"`{key}` in {CONFIG_FILE} must be an object; it is {patterns!r}.")
+    values: dict[str, Any] = {}
+    for value, found in zip(patterns.values(), _matched(list(patterns), modules, key, "(.*\\.)?({})$"), strict=True):
+        values = {**dict.fromkeys(found, value), **values}
+    return values
 
 
-def _regular_expression(text: str, key: str) -> re.Pattern[str]:
-    """A foreign expression, compiled, unless it could take very long on a short name."""
-    repeats = re.findall(r"(?<!\\)[*+{]", text)
-    if len(text) > _LONGEST_PATTERN or len(repeats) > _MOST_REPEATS or re.search(r"\)[*+{]", text):
-        raise CheckpointError(
-            f"`{key}` in {CONFIG_FILE} has a regular expression that could take very long, {text[:80]!r}: at most "
-            f"{_LONGEST_PATTERN} characters and {_MOST_REPEATS} repeats are allowed, and no repeated group. Write the "
-            "names of the modules as a list instead."
-        )
+def _matched(expressions: list[str], names: list[str], key: str, within: str = "{}") -> list[set[str]]:
+    """The names that each expression of a file matches as a whole, once it is put in the place of `{}`."""
+    whole = [within.replace("{}", text) for text in expressions]
+    for text in whole:
+        try:
+            re.compile(text)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise CheckpointError(
+                f"`{key}` in {CONFIG_FILE} is no regular expression, {text[:80]!r}: {error}"
+            ) from error
+    if all(_PLAIN.fullmatch(text) for text in expressions):
+        return [{name for name in names if re.fullmatch(text, name)} for text in whole]
     try:
-        return re.compile(text)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise CheckpointError(f"`{key}` in {CONFIG_FILE} is no regular expression, {text[:80]!r}: {error}") from error
+        matcher = [sys.executable, "-I", "-S", "-c", _MATCHER]
+        given = json.dumps([whole, names])
+        ended = subprocess.run(matcher, input=given, capture_output=True, text=True, check=True, timeout=_SECONDS)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise CheckpointError(
+            f"`{key}` in {CONFIG_FILE} could not be matched in {_SECONDS} seconds ({type(error).__name__}): write the "
+            "names of the modules in place of the regular expression."
+        ) from error
+    return [set(found) for found in json.loads(ended.stdout)]

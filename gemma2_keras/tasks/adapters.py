@@ -55,7 +55,8 @@ class AdapterTask(_Task):
             alpha: adapters' outputs are multiplied by `alpha / rank`; `None` is `rank`.
             dropout: rate on the adapters' inputs, in training.
             use_rslora: whether to multiply by `alpha / sqrt(rank)` instead.
-            use_dora: whether the rows of the adapted weights get trainable lengths.
+            use_dora: whether the rows of the adapted weights get trainable lengths. Their lengths are computed anew in
+                each step, which costs another look at the weights: merge such an adapter before it generates much.
             name: of the adapter, of letters, digits, `_` and `-`. It is the one in effect from now on.
 
         Raises:
@@ -209,6 +210,8 @@ class AdapterTask(_Task):
         if self.adapters and (self.active_adapter is None or self.backbone.is_merged):
             raise ValueError(
                 f"Adapter {self.backbone.selected_adapter!r} is merged or disabled, so that nothing would be trained: "
-                "call `unmerge_adapter()` or `set_adapter(name)` first."
+                "call `unmerge_adapter()`, `set_adapter(name)` or `unload_adapter()` first."
             )
+        if self.adapters and not self.trainable_variables:
+            raise ValueError("No adapter is there to train: give `load_adapter` `trainable=True`, or `enable_lora`.")
         return super().make_train_function(force)

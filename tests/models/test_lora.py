@@ -276,6 +276,8 @@ def test_adapters_are_switched_by_name(model, inputs):
     assert (model.adapters, model.active_adapter) == (["three"], None)
     np.testing.assert_array_equal(model.predict(inputs, verbose=0), base)
     assert not model.trainable_variables
+    with pytest.raises(ValueError, match="nothing would be trained"):
+        model.fit(inputs, inputs["token_ids"], batch_size=2, verbose=0)
     model.set_adapter("three")
     np.testing.assert_array_equal(model.predict(inputs, verbose=0), outputs["three"])
 
