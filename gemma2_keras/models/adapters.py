@@ -265,14 +265,16 @@ class Adaptable(_Backbone):
     def _activate(self, name: str | None) -> None:
         """Choose an adapter, and make it the only part that is trainable; all is, where there are no adapters."""
         self._active = name
-        self.trainable = True
         layers = self.linear_layers().values()
-        if self._adapters:
-            for layer in self._flatten_layers(include_self=False):
-                layer.trainable = False
-            for layer in layers:
-                layer.trainable = bool(layer.adapters)
-                layer.weight.trainable = False
+        whole = not self._adapters
+        self.trainable = True
+        # Each layer by itself: TensorFlow ignores the assignment of what a layer's attribute is already, so that none
+        # of the layers within would hear of it.
+        for layer in self._flatten_layers(include_self=False):
+            layer.trainable = whole
+        for layer in layers:
+            layer.trainable = whole or bool(layer.adapters)
+            layer.weight.trainable = whole
         for layer in layers:
             layer.select(name, name is not None and self._adapters[name])
         self.training_changes += 1

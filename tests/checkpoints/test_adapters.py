@@ -287,7 +287,7 @@ def test_configurations_that_are_not_read(key, value, model, folder):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("text", ["(.*)*b", ".*?" * 30 + "b", "(.|m)" * 30 + "b", r"(\w|.)+\d+b"])
+@pytest.mark.parametrize("text", ["(.*)*b", ".*?" * 30 + "b", r"(.|\S)" * 25 + "b", r"(\w|.)+\d+b"])
 def test_expressions_that_would_take_for_ever(text, monkeypatch):
     monkeypatch.setattr("gemma2_keras.checkpoints.adapters._SECONDS", 0.5)
     with pytest.raises(CheckpointError, match=r"`alpha_pattern`.*in 0.5 seconds \(TimeoutExpired\)"):
