@@ -292,9 +292,8 @@ def test_the_optimizer_starts_anew_only_for_other_weights(model, inputs):
     model.compile(keras.optimizers.Adam(0.01), weighted_metrics=None)
     model.fit(inputs, inputs["token_ids"], verbose=0)
     optimizer = model.optimizer
-    with model.disable_adapter():
-        with pytest.raises(ValueError, match="nothing would be trained"):
-            model.fit(inputs, inputs["token_ids"], verbose=0)
+    with model.disable_adapter(), pytest.raises(ValueError, match="nothing would be trained"):
+        model.fit(inputs, inputs["token_ids"], verbose=0)
     model.merge_adapter()
     with pytest.raises(ValueError, match="nothing would be trained"):
         model.train_on_batch(inputs, inputs["token_ids"])
