@@ -290,16 +290,16 @@ class Adaptable(_Backbone):
 def _modules(targets: Any, names: Iterable[str]) -> list[str]:
     """The modules among `names` that the targets choose."""
     patterns = list(targets) if isinstance(targets, list | tuple | set) else [targets]
-    matched = {
-        pattern: [name for name in names if pattern == ALL_LINEAR or fnmatchcase(f".{name}", f"*.{pattern}")]
+    matched = [
+        {name for name in names if pattern == ALL_LINEAR or fnmatchcase(f".{name}", f"*.{pattern}")}
         for pattern in patterns
         if isinstance(pattern, str)
-    }
-    if not patterns or len(matched) != len(set(patterns)) or not all(matched.values()):
+    ]
+    if not patterns or len(matched) != len(patterns) or not all(matched):
         projections = sorted({name.rpartition(".")[2] for name in names})
         raise ValueError(
             f"`target_layer_names` (of the task: `targets`) must be among {projections}, {ALL_LINEAR!r}, or patterns "
             f"of names such as {next(iter(names))}; given {patterns}."
         )
-    chosen = {name for found in matched.values() for name in found}
+    chosen = set.union(*matched)
     return [name for name in names if name in chosen]

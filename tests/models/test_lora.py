@@ -180,7 +180,9 @@ def test_patterns_choose_modules_by_their_names(targets, expected, model):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("targets", ["_proj", "layers.[5-9].*.q_proj", ["q_proj", "nothing.*"], "", 7, [None]])
+@pytest.mark.parametrize(
+    "targets", ["_proj", "layers.[5-9].*.q_proj", ["q_proj", "nothing.*"], "", 7, [None], [["q_proj"]]]
+)
 def test_patterns_that_choose_nothing_are_refused(targets, model):
     with pytest.raises(ValueError, match=r"must be among .*all-linear.*patterns"):
         model.enable_lora(2, targets)
