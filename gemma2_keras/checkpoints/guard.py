@@ -8,14 +8,18 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import safetensors
 
 from gemma2_keras.errors import CheckpointError
 
 # Far above any honest configuration or index file.
 LARGEST_JSON = 64 * 2**20
+# What safetensors calls the dtypes that weights may have.
+TENSOR_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -72,13 +76,45 @@ def file_inside(folder: Path, name: Any) -> Path:
 
 
 @contextlib.contextmanager
-def replacing_folder(folder: str | os.PathLike, marker: str, replaced: Callable[[str], bool]) -> Iterator[Path]:
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, opened for reading NumPy arrays.
+
+    Raises:
+        CheckpointError: if there is no such file, or it is truncated or broken.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("no regular file")
+        with safetensors.safe_open(path, framework="numpy") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} lacks the file {path.name}.") from error
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or broken ({error}). Copy or download the file again.") from error
+
+
+def some(names: Iterable[str], most: int = 3) -> str:
+    """The first of the names, and how many more there are, for an error message.
+
+    >>> some(["d", "c", "b", "a"], most=2)
+    "'a', 'b' and 2 more"
+    """
+    ordered = sorted(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(map(repr, ordered[:most])) + more
+
+
+@contextlib.contextmanager
+def replacing_folder(
+    folder: str | os.PathLike, marker: str, replaced: Callable[[str], bool], kind: str = "preset"
+) -> Iterator[Path]:
     """Write a whole folder beside `folder`, then put it in its place; on any error the old one stays as it was.
 
     Args:
         folder: where the result shall stand. What is there may be replaced if it is empty or holds a file `marker`.
         marker: name of a file that tells a folder of ours.
         replaced: tells by its name whether an entry of the old folder goes; all others stay.
+        kind: what is saved, for the error message.
 
     Yields:
         A new, empty folder to write into.
@@ -94,7 +130,7 @@ def replacing_folder(folder: str | os.PathLike, marker: str, replaced: Callable[
             target.is_dir() and not target.is_symlink() and ((target / marker).is_file() or not any(target.iterdir()))
         )
         if not ours:
-            raise FileExistsError(f"{target} exists and is no saved preset: choose another folder, or remove it first.")
+            raise FileExistsError(f"{target} exists and is no saved {kind}: choose another folder, or remove it first.")
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
     beside.mkdir()

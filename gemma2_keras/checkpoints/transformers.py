@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
-import safetensors
 from safetensors.numpy import save_file
 
-from gemma2_keras.checkpoints.guard import file_inside, read_json, write_json
+from gemma2_keras.checkpoints.guard import TENSOR_DTYPES, file_inside, open_tensors, read_json, some, write_json
 from gemma2_keras.checkpoints.names import Weight, weight_map
 from gemma2_keras.config import Gemma2Config
 from gemma2_keras.errors import CheckpointError
@@ -24,7 +21,6 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILE = "tokenizer.model"
 
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _TIED_OUTPUT = "lm_head.weight"
 
 # Their key -> our hyperparameter. All must be there.
@@ -188,11 +184,11 @@ class SafetensorsCheckpoint:
         self._dtypes: set[str] = set()
         shapes = {}
         for path, names in _files(folder).items():
-            with _opened(path) as file:
+            with open_tensors(path) as file:
                 held = list(file.keys())
                 if names is not None and set(held) != names:
                     raise CheckpointError(
-                        f"{path} does not hold what the index says: {_some(set(held) ^ names)} in one of them only."
+                        f"{path} does not hold what the index says: {some(set(held) ^ names)} in one of them only."
                     )
                 for name in held:
                     if name in self._file_of:
@@ -200,11 +196,11 @@ class SafetensorsCheckpoint:
                     self._file_of[name] = path
                     piece = file.get_slice(name)
                     shapes[name] = tuple(piece.get_shape())
-                    if piece.get_dtype() not in _DTYPES:
+                    if piece.get_dtype() not in TENSOR_DTYPES:
                         raise CheckpointError(
-                            f"Tensor {name!r} has dtype {piece.get_dtype()}; allowed: {', '.join(_DTYPES)}."
+                            f"Tensor {name!r} has dtype {piece.get_dtype()}; allowed: {', '.join(TENSOR_DTYPES)}."
                         )
-                    self._dtypes.add(_DTYPES[piece.get_dtype()])
+                    self._dtypes.add(TENSOR_DTYPES[piece.get_dtype()])
         if config.num_layers > len(shapes):
             raise CheckpointError(
                 f"{folder} has {len(shapes)} tensors, too few for the {config.num_layers} layers of the configuration."
@@ -215,9 +211,9 @@ class SafetensorsCheckpoint:
             self._check_tied_copy(tied_copy, shapes.pop(_TIED_OUTPUT))
         missing, extra = self._weights.keys() - shapes.keys(), shapes.keys() - self._weights.keys()
         if missing:
-            raise CheckpointError(f"{folder} lacks {len(missing)} tensors: {_some(missing)}.")
+            raise CheckpointError(f"{folder} lacks {len(missing)} tensors: {some(missing)}.")
         if extra:
-            raise CheckpointError(f"{folder} has {len(extra)} tensors that no Gemma 2 has: {_some(extra)}.")
+            raise CheckpointError(f"{folder} has {len(extra)} tensors that no Gemma 2 has: {some(extra)}.")
         for name, weight in self._weights.items():
             if shapes[name] != weight.shape:
                 raise CheckpointError(
@@ -230,7 +226,7 @@ class SafetensorsCheckpoint:
             raise CheckpointError(
                 f"{_TIED_OUTPUT!r} is no copy of {embedding!r}; an output of its own is not implemented."
             )
-        with _opened(path) as file:
+        with open_tensors(path) as file:
             copy = file.get_tensor(_TIED_OUTPUT)
         if not np.array_equal(copy, self.read(embedding)):
             raise CheckpointError(f"{_TIED_OUTPUT!r} differs from {embedding!r}; an untied output is not implemented.")
@@ -242,7 +238,7 @@ class SafetensorsCheckpoint:
 
     def read(self, name: str) -> np.ndarray:
         """One tensor."""
-        with _opened(self._file_of[name]) as file:
+        with open_tensors(self._file_of[name]) as file:
             return file.get_tensor(name)
 
     def assign_to(self, backbone: Any) -> None:
@@ -251,7 +247,7 @@ class SafetensorsCheckpoint:
         for name, weight in self._weights.items():
             by_file.setdefault(self._file_of[name], []).append((name, weight))
         for path, entries in by_file.items():
-            with _opened(path) as file:
+            with open_tensors(path) as file:
                 for name, weight in entries:
                     weight.variable_of(backbone).assign(file.get_tensor(name))
 
@@ -271,25 +267,6 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
         assert names is not None
         names.add(name)
     return files
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError("no regular file")
-        with safetensors.safe_open(path, framework="numpy") as file:
-            yield file
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent} lacks the file {path.name}.") from error
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or broken ({error}). Copy or download the file again.") from error
-
-
-def _some(names: Any, most: int = 3) -> str:
-    ordered = sorted(names)
-    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
-    return ", ".join(map(repr, ordered[:most])) + more
 
 
 def write_checkpoint(folder: Path, backbone: Any, max_shard_size: float | None) -> None:

@@ -84,16 +84,18 @@ class NativeModel:
     def _linear(self, layer: Any) -> native.Linear:
         out, inputs = layer.weight.shape
         weight = self._weight(layer.weight)
-        if layer.lora_rank is None:
+        adapter = layer.adapter
+        if adapter is None:
             return native.Linear(weight=weight, out=out, inputs=inputs)
         return native.Linear(
             weight=weight,
-            a=self._array(layer.lora_a),
-            b=self._array(layer.lora_b),
+            a=self._array(adapter.a),
+            b=self._array(adapter.b),
+            factors=self._array(adapter.row_factors(layer.weight)) if adapter.spec.use_dora else None,
             out=out,
             inputs=inputs,
-            rank=layer.lora_rank,
-            scale=layer.lora_scale,
+            rank=adapter.spec.rank,
+            scale=adapter.spec.scale,
         )
 
     def _weight(self, variable: Any) -> int:
@@ -103,7 +105,7 @@ class NativeModel:
         return where
 
     def _array(self, variable: Any) -> int:
-        """A small weight, as float32."""
+        """A small weight or tensor, as float32."""
         return self._held(ops.convert_to_numpy(variable).astype("float32"))
 
     def _held(self, array: np.ndarray) -> int:

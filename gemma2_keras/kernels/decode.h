@@ -15,11 +15,13 @@
 
 extern "C" {
 
-// y = x W^T + scale * (x A^T) B^T; W is (out, in) of the model's dtype, A (rank, in) and B (out, rank) float32.
+// y = factors * (x W^T + scale * (x A^T) B^T); W is (out, in) of the model's dtype, A (rank, in), B (out, rank) and
+// factors (out,) float32. Without factors they are 1.
 struct Linear {
   const void* weight;
   const float* a;
   const float* b;
+  const float* factors;
   int64_t out, in, rank;
   double scale;
 };
@@ -85,13 +87,14 @@ void project(const Linear& linear, const float* x, int64_t batch, int64_t begin,
   float y[64];
   for (int64_t out = begin; out < end; out++)
     for (int64_t first = 0; first < batch; first += 64) {
+      const float factor = linear.factors ? linear.factors[out] : 1.0f;
       int64_t rows = batch - first < 64 ? batch - first : 64;
       dots(weight + out * linear.in, x + first * linear.in, rows, linear.in, y);
       for (int64_t b = 0; b < rows; b++) {
         float delta = 0;
         for (int64_t r = 0; r < linear.rank; r++)
           delta += thin[r * batch + first + b] * linear.b[out * linear.rank + r];
-        put(out, first + b, y[b] + delta * float(linear.scale));
+        put(out, first + b, (y[b] + delta * float(linear.scale)) * factor);
       }
     }
 }
@@ -258,7 +261,7 @@ template <class W>
 void run_logits(Shared& shared, const float* normed, float* logits, float* best, int32_t* best_token) {
   const Model& m = shared.model;
   for (int64_t b = 0; b < shared.batch; b++) best[b] = -INFINITY, best_token[b] = INT32_MAX;
-  Linear table = {m.embedding, nullptr, nullptr, m.vocabulary, m.width, 0, 0.0};
+  Linear table = {m.embedding, nullptr, nullptr, nullptr, m.vocabulary, m.width, 0, 0.0};
   int64_t begin, end;
   while (shared.ranges.back().take(m.vocabulary, shared.threads, 64, &begin, &end)) {
     project<W>(table, normed, shared.batch, begin, end, nullptr,

@@ -32,7 +32,7 @@ class Linear(ctypes.Structure):
     """One projection: addresses of its (out, in) weight and of its adapter, if any."""
 
     _fields_ = (
-        *((name, _Pointer) for name in ("weight", "a", "b")),
+        *((name, _Pointer) for name in ("weight", "a", "b", "factors")),
         *((name, _Long) for name in ("out", "inputs", "rank")),
         ("scale", _Double),
     )

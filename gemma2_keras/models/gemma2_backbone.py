@@ -10,9 +10,8 @@ from gemma2_keras.layers.context import SequenceContext
 from gemma2_keras.layers.decoder_block import DecoderBlock
 from gemma2_keras.layers.embedding import TokenEmbedding
 from gemma2_keras.layers.norm import RMSNorm
+from gemma2_keras.models.adapters import Adaptable
 from gemma2_keras.models.inputs import check_token_inputs
-
-DEFAULT_LORA_TARGETS = ("q_proj", "v_proj")
 
 
 def _check_dtype(dtype) -> None:
@@ -26,7 +25,7 @@ def _check_dtype(dtype) -> None:
 
 
 @keras.saving.register_keras_serializable(package="gemma2_keras")
-class Gemma2Backbone(keras_hub.models.Backbone):
+class Gemma2Backbone(Adaptable, keras_hub.models.Backbone):
     """Gemma 2 as a Keras functional model: token ids to hidden states.
 
     Called on `{"token_ids": (B, T) int32, "padding_mask": (B, T)}`, with 1 or true at real tokens and padding anywhere,
@@ -142,7 +141,6 @@ class Gemma2Backbone(keras_hub.models.Backbone):
             **kwargs,
         )
         self.config = config
-        self.lora: dict | None = None
         self.token_embedding = token_embedding
         self.sequence_context = sequence_context
         self.transformer_layers = transformer_layers
@@ -153,59 +151,19 @@ class Gemma2Backbone(keras_hub.models.Backbone):
         check_token_inputs(inputs, self.config.vocabulary_size)
         return super().__call__(inputs, *args, **kwargs)
 
-    def default_lora_layer_names(self) -> list[str]:
-        """The projections that `enable_lora` adapts unless told otherwise."""
-        return list(DEFAULT_LORA_TARGETS)
-
-    def enable_lora(self, rank, target_layer_names=None, alpha=None) -> None:
-        """Freeze the backbone and add trainable low-rank adapters to its projections.
-
-        Args:
-            rank: width of each adapter, at least 1.
-            target_layer_names: names among `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj` and
-                `down_proj`; `None` is `q_proj` and `v_proj`.
-            alpha: adapters' outputs are multiplied by `alpha / rank`; `None` is `rank`.
-
-        Raises:
-            ValueError: if a target names no projection, `rank` or `alpha` is not above 0, or adapters are there.
-
-        Source: LoRA (https://arxiv.org/abs/2106.09685).
-        """
-        named = DEFAULT_LORA_TARGETS if target_layer_names is None else target_layer_names
-        targets = list(named) if isinstance(named, list | tuple | set) else [named]
-        layers = self._flatten_layers(include_self=False)
-        linears = [layer for layer in layers if hasattr(layer, "enable_lora")]
-        known = {layer.name for layer in linears}
-        unknown = [name for name in targets if name not in known]
-        if unknown or not targets:
-            raise ValueError(
-                f"`target_layer_names` (of the task: `targets`) must be among {sorted(known)}; given {targets}."
-            )
-        chosen = [layer for layer in linears if layer.name in targets]
-        # Checked on every layer, those not chosen too, before any is frozen: a refused call changes nothing.
-        for layer in linears:
-            layer.check_lora(rank, alpha)
-        self.trainable = True
-        for layer in layers:
-            layer.trainable = False
-        for layer in chosen:
-            layer.trainable = True
-            layer.enable_lora(rank, alpha)
-        self.lora = {"rank": rank, "target_layer_names": targets, "alpha": alpha}
-
     def get_config(self) -> dict:
-        """Constructor arguments, and those of `enable_lora` if it was called."""
+        """Constructor arguments, and what adapters there are."""
         config = {**super().get_config(), **self.config.to_dict()}
-        return config if self.lora is None else {**config, "lora": self.lora}
+        return {**config, "adapters": self.adapter_config()} if self.adapters else config
 
     @classmethod
     def from_config(cls, config):
         """A backbone of this configuration, with new adapters where it had adapters."""
         config = dict(config)
-        lora = config.pop("lora", None)
+        adapters = config.pop("adapters", None)
         backbone = super().from_config(config)
-        if lora is not None:
-            backbone.enable_lora(**lora)
+        if adapters is not None:
+            backbone.restore_adapters(adapters)
         return backbone
 
     @classmethod

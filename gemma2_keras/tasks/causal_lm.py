@@ -15,6 +15,7 @@ from gemma2_keras.errors import InputError
 from gemma2_keras.models.gemma2_backbone import Gemma2Backbone
 from gemma2_keras.models.inputs import check_ids, check_token_inputs, is_traced
 from gemma2_keras.preprocessing.causal_lm_preprocessor import Gemma2CausalLMPreprocessor, is_tokenized
+from gemma2_keras.tasks.adapters import AdapterTask
 from gemma2_keras.tasks.data import preprocessed
 from gemma2_keras.tasks.token_training import TokenTraining
 
@@ -22,7 +23,7 @@ _SAMPLERS = ("beam", "contrastive", "greedy", "random", "top_k", "top_p")
 
 
 @keras.saving.register_keras_serializable(package="gemma2_keras")
-class Gemma2CausalLM(TokenTraining):
+class Gemma2CausalLM(AdapterTask, TokenTraining):
     """Gemma 2 with its output projection: `fit` on text, `generate` text, as `keras_hub.models.CausalLM`.
 
     Called on `{"token_ids": (B, T) int32, "padding_mask": (B, T)}` it returns (B, T, V) float32 logits.
@@ -61,7 +62,7 @@ class Gemma2CausalLM(TokenTraining):
         outputs = backbone.token_embedding(backbone(inputs), reverse=True)
         self.forget_programs()
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
-        self._weights_compiled = len(backbone.variables)
+        self.remember_adapters()
 
     def __call__(self, inputs, *args, **kwargs):
         """Check the inputs, then run the model."""
@@ -157,40 +158,6 @@ class Gemma2CausalLM(TokenTraining):
         self.compile(**keras.saving.deserialize_keras_object(config), sampler=sampler, remat=remat)
         if self.optimizer is not None and followed == len(self.trainable_variables):
             self.optimizer.build(self.trainable_variables)
-
-    def enable_lora(self, rank, targets=None, alpha=None) -> None:
-        """Freeze the model and add trainable low-rank adapters, by default to `q_proj` and `v_proj` of every layer.
-
-        The optimizer starts anew, since it has other weights to follow.
-
-        Args:
-            rank: width of each adapter.
-            targets: names of projections; `None` is `q_proj` and `v_proj`.
-            alpha: adapters' outputs are multiplied by `alpha / rank`; `None` is `rank`.
-
-        Raises:
-            ValueError: as `Gemma2Backbone.enable_lora`.
-
-        Example:
-
-        >>> model = Gemma2CausalLM.from_preset("gemma2_tiny_en")
-        >>> model.enable_lora(rank=4)
-        >>> {v.path.split("/")[-1] for v in model.trainable_variables} == {"lora_a", "lora_b"}
-        True
-        """
-        self.backbone.enable_lora(rank, targets, alpha)
-        self.notice_adapters()
-
-    def notice_adapters(self) -> None:
-        """Start anew, if adapters were added, what was traced or built without them."""
-        weights = len(self.backbone.variables)
-        if weights == self._weights_compiled:
-            return
-        self._weights_compiled = weights
-        self.train_function = self.test_function = self.predict_function = None
-        self.forget_programs()
-        if self.compiled and self.optimizer is not None and self.optimizer.built:
-            self.optimizer = self.optimizer.from_config(self.optimizer.get_config())
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
         """Text to `(x, y, sample_weight)`; tokenized data as it is, once its ids are checked."""

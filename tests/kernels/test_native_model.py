@@ -36,7 +36,7 @@ def _small_rings():
 
 
 @functools.cache
-def network(dtype="float32", lora=False, round_weights=False, **options):
+def network(dtype="float32", lora=False, round_weights=False, dora=False, **options):
     backbone = Gemma2Backbone(
         **{
             "vocabulary_size": VOCABULARY,
@@ -56,7 +56,7 @@ def network(dtype="float32", lora=False, round_weights=False, **options):
         }
     )
     if lora:
-        backbone.enable_lora(3, PROJECTIONS, alpha=5.0)
+        backbone.enable_lora(3, PROJECTIONS, alpha=5.0, use_dora=dora)
     random = np.random.default_rng(0)
     # Adapters are drawn last, so that the others have the same weights without them.
     for weight in sorted(backbone.weights, key=lambda w: "lora" in w.name):
@@ -129,6 +129,21 @@ def test_steps_are_the_forward_pass(backbone, expected):
 def test_steps_are_the_forward_pass_with_adapters_on_every_projection(adapted, adapted_expected, expected):
     close(steps(NativeModel(adapted), range(ROWS)), adapted_expected)
     assert np.abs(adapted_expected - expected).max() > 1
+
+
+def test_steps_are_the_forward_pass_with_row_lengths_of_their_own(adapted_expected):
+    backbone = network(lora=True, dora=True)
+    expected = forward(backbone)
+    close(steps(NativeModel(backbone), range(ROWS)), expected)
+    assert np.abs(adapted_expected - expected).max() > 1
+
+
+def test_adapters_that_are_not_in_effect_are_not_run(backbone, expected):
+    other = network.__wrapped__(lora=True)
+    other.disable_adapter()
+    model = NativeModel(other)
+    assert all(getattr(layer, name).rank == 0 for layer in model._layers() for name in ("q", "down"))
+    close(steps(model, range(ROWS)), expected)
 
 
 @pytest.mark.parametrize(

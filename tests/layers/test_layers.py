@@ -19,6 +19,7 @@ from gemma2_keras.layers.embedding import TokenEmbedding
 from gemma2_keras.layers.feed_forward import FeedForward
 from gemma2_keras.layers.initialization import BlockwiseNormal, awaiting_weights
 from gemma2_keras.layers.linear import Linear
+from gemma2_keras.layers.low_rank import LowRank
 from gemma2_keras.layers.norm import RMSNorm
 
 array = ops.convert_to_numpy
@@ -126,6 +127,123 @@ def test_linear_refuses_adapters_that_cannot_be(rank, alpha, named):
     layer.enable_lora(2)
     with pytest.raises(ValueError, match="already"):
         layer.enable_lora(2)
+
+
+def adapted_layer(spec, dtype=None):
+    layer = Linear(3, dtype=dtype)
+    layer.build((None, 5))
+    layer.weight.assign(normal(3, 5))
+    layer.add_adapter("one", spec)
+    layer.select("one")
+    for seed, variable in enumerate(layer.adapters["one"].variables.values()):
+        variable.assign(normal(*variable.shape, seed=seed + 5))
+    return layer
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"use_dora": True, "alpha": 9.0}])
+def test_linear_adapters_are_what_their_formulas_say(options):
+    spec = LowRank(4, **{"alpha": 6.0, **options})
+    layer, x = adapted_layer(spec), normal(2, 5, seed=1)
+    a, b, *magnitude = (array(v) for v in layer.adapters["one"].variables.values())
+    whole = array(layer.weight) + spec.alpha / (2 if spec.use_rslora else 4) * b @ a
+    if magnitude:
+        whole *= (magnitude[0] / np.linalg.norm(whole, axis=1))[:, None]
+    np.testing.assert_allclose(array(layer(x)), x @ whole.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(layer.merged_weight(), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_linear_adapters_start_from_no_effect(use_dora):
+    layer, x = Linear(3), normal(2, 5)
+    layer.build(x.shape)
+    before = array(layer(x))
+    layer.add_adapter("one", LowRank(2, use_dora=use_dora))
+    layer.select("one")
+    np.testing.assert_allclose(array(layer(x)), before, rtol=1e-6)
+    assert all(v.dtype == "float32" for v in layer.adapters["one"].variables.values())
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed_bfloat16"])
+def test_linear_unmerges_bit_for_bit(dtype, use_dora):
+    layer, x = adapted_layer(LowRank(2, use_dora=use_dora), dtype), normal(2, 5, seed=1)
+    base, adapted = np.array(array(layer.weight)), array(ops.cast(layer(x), "float32"))
+    layer.merge()
+    assert layer.adapter is None
+    assert (array(layer.weight) != base).any()
+    merged = array(ops.cast(layer(x), "float32"))
+    np.testing.assert_allclose(
+        merged, adapted, rtol=1e-5 if dtype == "float32" else 0.05, atol=1e-5 if dtype == "float32" else 0.2
+    )
+    store = {}
+    layer.save_own_variables(store)
+    np.testing.assert_array_equal(array(store["0"]), base)
+    with pytest.raises(ValueError, match="merged"):
+        layer.load_own_variables(store)
+    layer.unmerge()
+    np.testing.assert_array_equal(array(layer.weight), base)
+    np.testing.assert_array_equal(array(ops.cast(layer(x), "float32")), adapted)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_linear_drops_the_input_of_its_adapter_in_training_alone(use_dora):
+    layer, x = adapted_layer(LowRank(2, dropout=0.5, use_dora=use_dora)), np.repeat(normal(1, 5), 10_000, axis=0)
+    without = array(adapted_layer(LowRank(2, use_dora=use_dora))(x))
+    np.testing.assert_array_equal(array(layer(x)), without)
+    np.testing.assert_array_equal(array(layer(x, training=False)), without)
+    dropped, others = (array(ops.stop_gradient(layer(x, training=True))) for _ in range(2))
+    assert (dropped.std(axis=0) > 0.1).all()
+    assert np.abs(dropped - others).max() > 0.1
+    # The mean over what is dropped is what stands without, but for chance.
+    assert (np.abs(dropped.mean(axis=0) - without[0]) < 5 * dropped.std(axis=0) / len(x) ** 0.5).all()
+
+
+def test_linear_holds_adapters_by_name():
+    layer, x = adapted_layer(LowRank(2, dropout=0.1)), normal(2, 5, seed=1)
+    one = array(layer(x))
+    count = len(layer.variables)
+    layer.add_adapter("two", LowRank(3))
+    np.testing.assert_array_equal(array(layer(x)), one)
+    layer.select("two")
+    assert layer.trainable_variables == list(layer.adapters["two"].variables.values())
+    assert len({v.path for v in layer.variables}) == len(layer.variables)
+    np.testing.assert_allclose(array(layer(x)), x @ array(layer.weight).T, rtol=1e-5, atol=1e-5)
+    layer.select("one", trainable=False)
+    assert not layer.trainable_variables
+    np.testing.assert_array_equal(array(layer(x)), one)
+    layer.remove_adapter("two")
+    assert len(layer.variables) == count
+    layer.remove_adapter("one")
+    assert layer.variables == [layer.weight]
+    store = {}
+    adapted_layer(LowRank(2)).save_own_variables(store)
+    with pytest.raises(ValueError, match=r"rank 2.*name='one'"):
+        layer.load_own_variables({key: array(value) for key, value in store.items()})
+
+
+def test_linear_refuses_weights_of_another_kind_of_adapter():
+    store = {}
+    adapted_layer(LowRank(2)).save_own_variables(store)
+    store = {key: array(value) for key, value in store.items()}
+    for spec, message in (
+        (LowRank(3), "rank 2"),
+        (LowRank(2, use_rslora=True), "factor"),
+        (LowRank(2, use_dora=True), "use_dora"),
+    ):
+        layer = adapted_layer(spec)
+        before = array(layer.lora_b)
+        with pytest.raises(ValueError, match=message):
+            layer.load_own_variables(store)
+        np.testing.assert_array_equal(array(layer.lora_b), before)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "options", [{"dropout": 1.0}, {"dropout": -0.1}, {"dropout": True}, {"use_dora": 1}, {"use_rslora": None}]
+)
+def test_options_of_adapters_that_cannot_be(options):
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
+        LowRank(2, **options)
 
 
 # Embedding
@@ -309,6 +427,7 @@ def test_a_step_is_written_at_the_place_of_its_row_before_it_is_attended_to():
         "layers.feed_forward",
         "layers.initialization",
         "layers.linear",
+        "layers.low_rank",
         "layers.norm",
     ],
 )

@@ -81,6 +81,7 @@ def test_it_is_saved_and_loaded_as_it_was(shipped, tmp_path):
 
 MODULES = [
     "checkpoints.catalogue",
+    "checkpoints.guard",
     "checkpoints.names",
     "config",
     "errors",
@@ -91,6 +92,7 @@ MODULES = [
     "preprocessing.causal_lm_preprocessor",
     "preprocessing.chat_template",
     "preprocessing.tokenizer",
+    "tasks.adapters",
     "tasks.causal_lm",
     "tasks.text_generation",
 ]
