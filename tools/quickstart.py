@@ -92,7 +92,7 @@ def run(data: Path) -> None:
 
     # The last examples are kept back, to ask the model what it was not shown.
     examples, asked = examples[:-SHOWN], examples[-SHOWN:]
-    prompts = [example.prompt or " ".join(example.response.split()[:4]) for example in asked]
+    prompts = [example.prompt or _opening(example.response) for example in asked]
     before = model.generate(prompts, max_new_tokens=48, strip_prompt=True)
 
     if any(example.prompt for example in examples):
@@ -125,6 +125,12 @@ def run(data: Path) -> None:
     print(f"All in {time.perf_counter() - start:.1f} s.")
 
 
+def _opening(text: str) -> str:
+    """Its first words, and never all of them."""
+    words = text.split()
+    return " ".join(words[: max(1, min(4, len(words) // 2))])
+
+
 def _first_line(text: str) -> str:
     return (text.strip().splitlines() or [""])[0]
 
@@ -135,7 +141,9 @@ def main() -> int:
     parser.add_argument(
         "--data", type=Path, default=SAMPLE, metavar="FILE", help="text, or JSON lines (default: a sample)"
     )
-    parser.add_argument("--backend", choices=("jax", "torch", "tensorflow"), required=True)
+    parser.add_argument(
+        "--backend", choices=("jax", "torch", "tensorflow"), default="tensorflow", help="default: tensorflow"
+    )
     options = parser.parse_args()
     os.environ["KERAS_BACKEND"] = options.backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

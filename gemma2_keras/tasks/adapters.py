@@ -11,7 +11,7 @@ from gemma2_keras.layers.linear import DEFAULT_ADAPTER
 
 if TYPE_CHECKING:
     # What a task is otherwise, which this class stands in front of.
-    from gemma2_keras.tasks.text_generation import TextGeneration as _Task
+    from gemma2_keras.tasks.token_training import TokenTraining as _Task
 else:
     _Task = object
 
@@ -214,4 +214,11 @@ class AdapterTask(_Task):
             )
         if self.adapters and not self.trainable_variables:
             raise ValueError("No adapter is there to train: give `load_adapter` `trainable=True`, or `enable_lora`.")
+        # Dropout would draw another mask, or none, when a branch is computed again.
+        specs = [] if self.active_adapter is None else self.backbone.adapter_specs(self.active_adapter).values()
+        if self.remat and any(spec.dropout for spec in specs):
+            raise ValueError(
+                "`remat=True` and adapters with dropout do not go together: compile with `remat=False`, or add the "
+                "adapter with `dropout=0.0`."
+            )
         return super().make_train_function(force)

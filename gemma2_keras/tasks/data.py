@@ -9,6 +9,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from gemma2_keras.errors import InputError
+
 Preprocess = Callable[[Any, Any, Any], Any]
 
 
@@ -24,6 +26,9 @@ def preprocessed(preprocess: Preprocess, x: Any, y: Any = None, sample_weight: A
 
     Returns:
         `(x, y, sample_weight)` for `keras.Model.fit`. Text and arrays are preprocessed at once, the others by batch.
+
+    Raises:
+        InputError: if `x` is a single text.
     """
     if isinstance(x, keras.utils.PyDataset):
         return PreprocessedDataset(x, preprocess), None, None
@@ -33,7 +38,10 @@ def preprocessed(preprocess: Preprocess, x: Any, y: Any = None, sample_weight: A
         return _preprocessed_loader(x, preprocess), None, None
     if isinstance(x, Iterator):
         return _batches(x, preprocess), None, None
-    return keras.utils.unpack_x_y_sample_weight(preprocess(x, y, sample_weight))
+    example = preprocess(x, y, sample_weight)
+    if any(isinstance(text, str) for text in (x.values() if isinstance(x, dict) else [x])):
+        raise InputError("Give texts as a list, `[text]` for a single one; a file is read before it is given.")
+    return keras.utils.unpack_x_y_sample_weight(example)
 
 
 class PreprocessedDataset(keras.utils.PyDataset):

@@ -116,6 +116,13 @@ def test_bad_text_is_refused_by_every_way_in(model, text, message):
             method(text)
 
 
+@pytest.mark.parametrize("data", ["The cat sleeps.", "stories.txt", {"prompts": "a", "responses": "b"}])
+def test_a_single_text_is_no_data(model, data):
+    for method in (model.fit, model.evaluate):
+        with pytest.raises(InputError, match="Give texts as a list"):
+            method(data, verbose=0)
+
+
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [

@@ -95,6 +95,16 @@ def test_remat_keeps_dropout():
     np.testing.assert_allclose(losses(True), expected, rtol=1e-4)
 
 
+def test_remat_with_dropout_of_adapters_is_refused():
+    model = make()
+    model.enable_lora(2, dropout=0.5)
+    model.compile("sgd", remat=True)
+    with pytest.raises(ValueError, match="`remat=True` and adapters with dropout do not go together"):
+        model.fit(X, Y, verbose=0)
+    model.compile("sgd")
+    model.fit(X, Y, verbose=0)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16", "mixed_float16"])
 def test_low_precision_trains(dtype):
     history, _, _ = trained(lora=True, dtype=dtype)
