@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         help="talk with a model",
         description="Talk with a model, line by line. /reset begins anew; /exit, or the end of the input, leaves.",
     )
-    _add_generation(chat, max_new_tokens=512)
+    _add_generation(chat)
     chat.add_argument("--system", help="instructions that stand before the conversation")
     chat.add_argument("--stats", action="store_true", help="print tokens per second after each reply")
     chat.set_defaults(run=_chat)
@@ -75,12 +75,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_generation(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+def _add_generation(parser: argparse.ArgumentParser, max_new_tokens: int | None = None) -> None:
     parser.add_argument(
         "--preset", default="gemma2_tiny_en", help="name, hf:// handle or folder (default: %(default)s)"
     )
     parser.add_argument("--dtype", help="float32, bfloat16, float16 … (default: the checkpoint's)")
-    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help="default: %(default)s")
+    usual = "a quarter of the context, 512 at most" if max_new_tokens is None else max_new_tokens
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=f"default: {usual}")
     parser.add_argument(
         "--sampler", default="greedy", help="greedy, top_k, top_p, random, beam … (default: %(default)s)"
     )
@@ -122,6 +123,9 @@ def _chat(options: argparse.Namespace) -> None:
             text = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            print(f"gemma2-keras: that line is not UTF-8 text ({error.reason}).", file=sys.stderr)
+            continue
         if text == "/exit":
             return
         if text == "/reset":
@@ -170,3 +174,7 @@ def _show_preset(options: argparse.Namespace) -> None:
     ]
     for name, value in lines:
         print(f"{name:<28}{value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -62,20 +62,18 @@ class TokenEmbedding(keras.layers.Layer):
         Args:
             states: (B, T, D) tensor, after the last norm.
             labels: (B, T) int tensor, ids in [0, V).
-            weights: (B, T) float tensor; 0 leaves a token out. `None` counts every token.
+            weights: (B, T) float32 tensor; 0 leaves a token out.
             terms: `ops.cross_entropy.LossTerms`.
             training: whether the loss will be differentiated.
 
         Returns:
             `ops.cross_entropy.TokenSums`.
         """
-        labels = ops.reshape(ops.cast(labels, "int32"), (-1,))
-        weights = ops.ones_like(labels) if weights is None else ops.reshape(weights, (-1,))
         return projected_cross_entropy(
             ops.reshape(states, (-1, self.hidden_dim)),
             ops.cast(self.embeddings, self.compute_dtype),
-            labels,
-            ops.cast(weights, "float32"),
+            ops.reshape(ops.cast(labels, "int32"), (-1,)),
+            ops.reshape(weights, (-1,)),
             self.final_logit_soft_cap,
             terms,
             training,

@@ -134,7 +134,7 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
         if isinstance(sampler, str) and sampler not in _SAMPLERS:
             raise ValueError(f"`sampler` must be one of {', '.join(_SAMPLERS)}, or an instance; given {sampler!r}.")
         self.set_remat(remat)
-        loss, weighted_metrics = self.compile_training(loss, weighted_metrics, kwargs.get("metrics"))
+        loss, weighted_metrics = self.compile_training(loss, weighted_metrics, kwargs)
         super().compile(optimizer, loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
         self.forget_sampler()
 

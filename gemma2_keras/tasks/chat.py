@@ -69,16 +69,17 @@ class Chat:
         self._length = int(length)
         self._when_full = when_full
         self._options = options
+        self._last: weakref.ref[TextStream] | None = None
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything but the system text."""
+        """Forget everything but the system text; a reply that is still being made ends."""
+        self._leave()
         self.messages: list[dict[str, str]] = []
         self.stats: GenerationStats | None = None
         # What is remembered: a user's text, and the tokens of the model's turn that followed.
         self._turns: list[tuple[str, list[int]]] = []
         self._session: Session | None = None
-        self._last: weakref.ref[TextStream] | None = None
 
     def send(self, text: str, **options: Any) -> str:
         """The model's reply to a message.
@@ -100,9 +101,7 @@ class Chat:
         """
         turns([{"role": "user", "content": text}])
         check_names("chat", options, _OPTIONS)
-        if self._last is not None and (last := self._last()) is not None:
-            # A stream that was left but is still held would go on behind this turn.
-            last.close()
+        self._leave()
         options = {**self._options, **options}
         check_lengths(None, options.get("max_new_tokens"))
         limit = options.pop("max_new_tokens", None)
@@ -118,6 +117,11 @@ class Chat:
         stream = TextStream(self._replied(text, kept, ids, request, assembler()))
         self._last = weakref.ref(stream)
         return stream
+
+    def _leave(self) -> None:
+        # A stream that was left but is still held would go on behind what comes next.
+        if self._last is not None and (last := self._last()) is not None:
+            last.close()
 
     def _replied(
         self, text: str, kept: list[tuple[str, list[int]]], ids: list[int], request: Request, assembler: TextAssembler

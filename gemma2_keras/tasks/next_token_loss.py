@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import keras
@@ -46,7 +47,7 @@ class NextTokenLoss(keras.losses.Loss):
     ) -> None:
         super().__init__(name=name, reduction=reduction, **kwargs)
         for argument, value, end in (("label_smoothing", label_smoothing, 1.0), ("z_loss", z_loss, float("inf"))):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < end:
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < end:
                 raise ValueError(f"`{argument}` must be a number of at least 0 and below {end:g}; given {value!r}.")
         self.terms = LossTerms(float(label_smoothing), float(z_loss))
 

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from gemma2_keras.errors import InputError
 from gemma2_keras.tasks.next_token_loss import NextTokenLoss, TokenMetrics
 from gemma2_keras.tasks.text_generation import TextGeneration
 
@@ -24,13 +25,13 @@ class TokenTraining(TextGeneration):
     _takes_states = False
     _in_step = False
 
-    def compile_training(self, loss: Any, weighted_metrics: Any, metrics: Any) -> tuple[Any, Any]:
+    def compile_training(self, loss: Any, weighted_metrics: Any, others: dict[str, Any]) -> tuple[Any, Any]:
         """Decide how losses are made.
 
         Args:
             loss: as `compile` is given it.
             weighted_metrics: likewise.
-            metrics: likewise.
+            others: what else it is given.
 
         Returns:
             `loss` and `weighted_metrics` for `keras_hub.models.CausalLM.compile`.
@@ -38,9 +39,11 @@ class TokenTraining(TextGeneration):
         loss = NextTokenLoss() if isinstance(loss, str) and loss == "auto" else loss
         automatic = isinstance(weighted_metrics, str) and weighted_metrics == "auto"
         plain = isinstance(loss, NextTokenLoss) and loss.reduction == "mean_with_sample_weight"
-        self._takes_states = plain and not metrics and (automatic or not weighted_metrics)
+        needs_logits = others.get("metrics") or others.get("loss_weights") or not (automatic or not weighted_metrics)
+        self._takes_states = plain and not needs_logits
         self._token_metrics = TokenMetrics() if self._takes_states and automatic else None
-        return loss, None if self._takes_states else weighted_metrics
+        # None would leave the metrics of an earlier call in place.
+        return loss, [] if self._takes_states or weighted_metrics is None else weighted_metrics
 
     def set_remat(self, remat: bool) -> None:
         """Keep, in training, the inputs of every decoder block's branches alone, or all that the gradient needs."""
@@ -89,13 +92,14 @@ class TokenTraining(TextGeneration):
         finally:
             self._in_step = False
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+    def compute_loss(self, x=None, y=None, y_pred: Any = None, sample_weight=None, training=True):
         """The loss of states within such a step, otherwise that of logits."""
+        if self._takes_states:
+            y, sample_weight = _checked(y, sample_weight, tuple(y_pred.shape[:2]))
         if not self._in_step:
             return super().compute_loss(x, y, y_pred, sample_weight, training)
         sums = self.backbone.token_embedding.cross_entropy(y_pred, y, sample_weight, self.loss.terms, training)
-        weights = ops.ones_like(y) if sample_weight is None else sample_weight
-        tokens = ops.sum(ops.cast(weights, "float32"))
+        tokens = ops.sum(sample_weight)
         if self._token_metrics is not None:
             self._token_metrics.update(sums, tokens)
         return ops.divide_no_nan(sums.loss, tokens) + sum(self.losses)
@@ -105,3 +109,32 @@ class TokenTraining(TextGeneration):
         if not self._in_step:
             return super().compute_metrics(x, y, y_pred, sample_weight)
         return self.get_metrics_result()
+
+
+def _checked(y: Any, sample_weight: Any, shape: tuple) -> tuple[Any, Any]:
+    """Labels and float32 weights of this shape; weights may be given for whole examples."""
+    if y is None:
+        raise InputError("`y` is missing: give labels beside token ids, the same ids one position on.")
+    if not _fits(y, shape):
+        raise InputError(f"`y` must have the shape of the token ids, {shape}; given {tuple(y.shape)}.")
+    dtype = keras.backend.standardize_dtype(y.dtype)
+    if "int" not in dtype:
+        raise InputError(f"`y` must be whole numbers, the ids of the next tokens; given dtype {dtype}.")
+    if sample_weight is None:
+        return y, ops.ones_like(y, "float32")
+    weights = ops.cast(sample_weight, "float32")
+    if len(weights.shape) == 1:
+        weights = weights[:, None]
+    if not (_fits(weights, shape) or _fits(weights, (shape[0], 1))):
+        raise InputError(
+            f"`sample_weight` must have the shape of the token ids, {shape}, or one number for each example; given "
+            f"{tuple(sample_weight.shape)}."
+        )
+    return y, ops.broadcast_to(weights, ops.shape(y))
+
+
+def _fits(x: Any, shape: tuple) -> bool:
+    """Whether sizes agree as far as they are known."""
+    if len(x.shape) != len(shape):
+        return False
+    return all(None in sizes or sizes[0] == sizes[1] for sizes in zip(x.shape, shape, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -34,6 +35,13 @@ def normal(*shape, seed=0, scale=1.0):
 def run(function, *arguments, **static):
     """As the engine runs it: without gradients, and compiled where that is quicker."""
     return kernels.compiled(function, [], lambda: None, None)(*arguments, **static)
+
+
+@pytest.mark.once
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler here")
+def test_the_kernels_compile_where_there_is_a_compiler():
+    # Otherwise every test of them would be passed over.
+    assert native.library() is not None
 
 
 # Products

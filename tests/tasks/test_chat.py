@@ -253,6 +253,17 @@ def test_a_conversation_begins_anew_after_a_reset(chat):
     assert held(chat) == ids
 
 
+def test_a_reset_ends_the_reply_that_is_being_made(chat):
+    first = chat.send("The cat")
+    chat.reset()
+    stream = chat.stream("The dog")
+    next(stream)
+    chat.reset()
+    assert list(stream) == []
+    assert chat.messages == []
+    assert chat.send("The cat") == first
+
+
 def test_a_streamed_reply_is_the_one_that_is_sent(model, chat):
     other = model.chat(max_new_tokens=MADE)
     for text in MESSAGES[:2]:

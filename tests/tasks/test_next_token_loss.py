@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 from gemma2_keras import Gemma2Backbone, Gemma2CausalLM, NextTokenLoss
+from gemma2_keras.errors import InputError
 from gemma2_keras.layers.embedding import TokenEmbedding
 
 ACCURACY = ["sparse_categorical_accuracy"]
@@ -156,6 +157,54 @@ def test_no_token_that_counts_is_no_loss():
     history = model.fit(X, Y, sample_weight=WEIGHT * 0, verbose=0).history
     assert history["loss"] == [0.0]
     assert history["perplexity"] == [1.0]
+
+
+def test_weights_of_examples_count_for_their_tokens():
+    each = np.arange(5.0, dtype="float32")
+    expected = trained(lora=True, weight=np.repeat(each[:, None], 7, 1))
+    for weight in (each, each[:, None]):
+        found = trained(lora=True, weight=weight)
+        for name in expected[0]:
+            np.testing.assert_allclose(found[0][name], expected[0][name], rtol=1e-6)
+            np.testing.assert_allclose(found[1][name], expected[1][name], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("y", "weight", "message"),
+    [
+        (Y[:, :1], None, "`y` must have the shape of the token ids"),
+        (Y[:, :5], None, "`y` must have the shape of the token ids"),
+        (Y[:, 0], None, "`y` must have the shape of the token ids"),
+        (np.eye(31, dtype="int32")[Y], None, "`y` must have the shape of the token ids"),
+        (Y + 0.5, None, "`y` must be whole numbers"),
+        (Y > 3, None, "`y` must be whole numbers"),
+        (None, None, "`y` is missing"),
+        (Y, WEIGHT[:, :3], "`sample_weight` must have the shape of the token ids"),
+        (Y, WEIGHT[..., None], "`sample_weight` must have the shape of the token ids"),
+    ],
+)
+def test_labels_and_weights_that_do_not_fit_are_refused(y, weight, message):
+    model = make()
+    model.compile("sgd")
+    for method in (model.fit, model.evaluate):
+        with pytest.raises(InputError, match=message):
+            method(X, y, sample_weight=weight, verbose=0)
+
+
+def test_an_earlier_compile_leaves_nothing_behind():
+    model = make()
+    model.compile("sgd", metrics=ACCURACY, weighted_metrics=ACCURACY)
+    model.fit(X, Y, verbose=0)
+    model.compile("sgd", weighted_metrics=None)
+    assert {*model.fit(X, Y, verbose=0).history} == {"loss"}
+
+
+def test_loss_weights_are_heeded():
+    plain, doubled = make(), make()
+    plain.compile(keras.optimizers.SGD(0.0))
+    doubled.compile(keras.optimizers.SGD(0.0), loss_weights=[2.0])
+    found, expected = (model.fit(X, Y, batch_size=5, verbose=0).history["loss"][0] for model in (doubled, plain))
+    assert found == pytest.approx(2 * expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import datetime
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,18 @@ def main() -> None:
         if row.name not in asked:
             continue
         print(f"{row.name}: {row.work}", flush=True)
-        found = _measured(row, options.rounds, options.timeout)
+        found: dict[str, Any] = {}
         stored["rows"][row.name] = {
             "date": datetime.date.today().isoformat(),
             "limits": limits(),
             "contenders": found,
         }
-        write(stored)
+        # Written after each turn: a run that is cut off keeps what it has.
+        for _ in _turns(row, found, options.rounds, options.timeout):
+            write(stored)
 
 
-def _measured(row: Row, rounds: int, timeout: int) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _turns(row: Row, found: dict[str, Any], rounds: int, timeout: int) -> Iterator[None]:
     for _ in range(rounds):
         for contender in row.contenders:
             result = _turn(row, contender, timeout)
@@ -55,7 +57,7 @@ def _measured(row: Row, rounds: int, timeout: int) -> dict[str, Any]:
             best = found.get(contender.label)
             if best is None or "error" in best or row.better(result, best):
                 found[contender.label] = result
-    return found
+            yield
 
 
 def _turn(row: Row, contender: Contender, timeout: int) -> dict[str, Any]:
