@@ -42,8 +42,9 @@ class TokenTraining(TextGeneration):
         needs_logits = others.get("metrics") or others.get("loss_weights") or not (automatic or not weighted_metrics)
         self._takes_states = plain and not needs_logits
         self._token_metrics = TokenMetrics() if self._takes_states and automatic else None
-        # None would leave the metrics of an earlier call in place.
-        return loss, [] if self._takes_states or weighted_metrics is None else weighted_metrics
+        # Keras keeps the metrics of an earlier call where none are given.
+        self._compile_metrics = None
+        return loss, None if self._takes_states else weighted_metrics
 
     def set_remat(self, remat: bool) -> None:
         """Keep, in training, the inputs of every decoder block's branches alone, or all that the gradient needs."""
