@@ -4,48 +4,10 @@ import keras
 
 match keras.backend.backend():
     case "jax":
-        from gemma2_keras.kernels.jax import (
-            STATIC_SHAPES,
-            attention,
-            compiled,
-            linear,
-            projected_cross_entropy,
-            stored,
-            tensor,
-            write_slots,
-        )
+        from gemma2_keras.kernels.jax import *  # noqa: F403
     case "tensorflow":
-        from gemma2_keras.kernels.tensorflow import (
-            STATIC_SHAPES,
-            attention,
-            compiled,
-            linear,
-            projected_cross_entropy,
-            stored,
-            tensor,
-            write_slots,
-        )
+        from gemma2_keras.kernels.tensorflow import *  # noqa: F403
     case "torch":
-        from gemma2_keras.kernels.torch import (
-            STATIC_SHAPES,
-            attention,
-            compiled,
-            linear,
-            projected_cross_entropy,
-            stored,
-            tensor,
-            write_slots,
-        )
+        from gemma2_keras.kernels.torch import *  # noqa: F403
     case backend:
         raise ImportError(f"gemma2_keras runs on the Keras backends jax, tensorflow and torch; this is {backend}.")
-
-__all__ = [
-    "STATIC_SHAPES",
-    "attention",
-    "compiled",
-    "linear",
-    "projected_cross_entropy",
-    "stored",
-    "tensor",
-    "write_slots",
-]
