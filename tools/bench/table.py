@@ -66,6 +66,18 @@ PEFT = Contender("transformers peft")
 # Whoever is compared stands next to the other, so that both find the machine in one state.
 PAIRS = tuple(contender for pair in zip(OURS, KERAS_HUB, strict=True) for contender in pair)
 
+# Rows that are measured together share these.
+_LARGE = ("decode", "--size", "2b", "--dtype", "bfloat16", "--new", "24")
+_LARGE_CONTENDERS = (
+    Contender("llama.cpp"),
+    OURS[0],
+    TRANSFORMERS,
+    Contender("transformers compiled"),
+    KERAS_HUB[0],
+    *PAIRS[2:],
+)
+_TRAINING = ("train", "--size", "wide")
+
 
 def _goals(torch: float, jax: float, tensorflow: float, **others: float) -> tuple[tuple[str, str, float], ...]:
     against = zip(BACKENDS, (torch, jax, tensorflow), strict=True)
@@ -84,10 +96,10 @@ ROWS = (
     Row(
         "D1",
         "decode, 2B shape, bfloat16, one prompt of 128 tokens",
-        ("decode", "--size", "2b", "--dtype", "bfloat16", "--new", "24"),
+        _LARGE,
         "tokens_per_s",
         True,
-        (Contender("llama.cpp"), OURS[0], TRANSFORMERS, Contender("transformers compiled"), KERAS_HUB[0], *PAIRS[2:]),
+        _LARGE_CONTENDERS,
         _goals(3.5, 1.3, 1.3, transformers=1.5, compiled=1.4, llama_cpp=1.1),
     ),
     Row(
@@ -130,10 +142,10 @@ ROWS = (
     Row(
         "P1-128",
         "prefill of 128 tokens, 2B shape, bfloat16",
-        ("decode", "--size", "2b", "--dtype", "bfloat16", "--new", "24"),
+        _LARGE,
         "prefill_s",
         False,
-        (Contender("llama.cpp"), OURS[0], TRANSFORMERS, Contender("transformers compiled"), KERAS_HUB[0], *PAIRS[2:]),
+        _LARGE_CONTENDERS,
         _goals(1.0, 1.0, 1.0, transformers=1.0, llama_cpp=1.0),
         measured_with="D1",
     ),
@@ -149,17 +161,17 @@ ROWS = (
     Row(
         "M1",
         "peak memory of building and generating, 2B shape, bfloat16",
-        ("decode", "--size", "2b", "--dtype", "bfloat16", "--new", "24"),
+        _LARGE,
         "peak_bytes",
         False,
-        (Contender("llama.cpp"), OURS[0], TRANSFORMERS, Contender("transformers compiled"), KERAS_HUB[0], *PAIRS[2:]),
+        _LARGE_CONTENDERS,
         _goals(1.0, 1.67, 1.0),
         measured_with="D1",
     ),
     Row(
         "T1",
         "LoRA training step, 256,000 words, float32, 2 sequences of 512 tokens",
-        ("train", "--size", "wide"),
+        _TRAINING,
         "tokens_per_s",
         True,
         (PEFT, *PAIRS),
@@ -168,7 +180,7 @@ ROWS = (
     Row(
         "T1-memory",
         "peak memory of that training above the model's, bytes",
-        ("train", "--size", "wide"),
+        _TRAINING,
         "above_bytes",
         False,
         (PEFT, *PAIRS),
@@ -178,7 +190,7 @@ ROWS = (
     Row(
         "T2-memory",
         "the same with sequences of 2048 tokens",
-        ("train", "--size", "wide", "--length", "2048"),
+        (*_TRAINING, "--length", "2048"),
         "above_bytes",
         False,
         (PEFT, *PAIRS),
