@@ -1,0 +1,1 @@
+"""Fine-tuning: data of any kind as tokens, packed, and long runs that survive an interruption."""
