@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import keras
+import numpy as np
 
+from gemma2_keras.kernels import native
 from gemma2_keras.ops.attention import attention, soft_cap
-from gemma2_keras.ops.cross_entropy import LossTerms, TokenSums, tokens_at_once
+from gemma2_keras.ops.cross_entropy import LossTerms, TokenSums, expected_cross_entropy, tokens_at_once
 
 __all__ = [
     "STATIC_SHAPES",
@@ -26,6 +28,9 @@ __all__ = [
 
 # Whether a program is compiled anew for other shapes.
 STATIC_SHAPES = True
+
+_NATIVE_DTYPES = ("float32", "bfloat16")
+_EXPECTATION = "gemma2_expectation"
 
 
 def linear(x: Any, weight: Any) -> Any:
@@ -101,6 +106,43 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 def _summed(hidden, table, labels, weights, cap, terms, gradient=False, table_trains=False):
     """The sums, and the gradients of `loss` with respect to the states and the table, `None` if not asked for."""
+    arguments = hidden, table, labels, weights
+    by_blocks = functools.partial(_summed_by_blocks, cap=cap, terms=terms, gradient=gradient, table_trains=table_trains)
+    # Of the gradient of the table, and of the mean of all logits, the kernel knows nothing.
+    if table_trains or terms.label_smoothing or table.dtype not in _NATIVE_DTYPES or not _has_expectation():
+        return by_blocks(*arguments)
+    by_kernel = functools.partial(_summed_by_kernel, cap=cap, terms=terms, gradient=gradient)
+    return jax.lax.platform_dependent(*arguments, cpu=by_kernel, default=by_blocks)
+
+
+@functools.cache
+def _has_expectation() -> bool:
+    """Whether XLA knows our kernel, which is compiled at the first question."""
+    library = native.compiled("xla.cpp", include=jax.ffi.include_dir())
+    if library is None:
+        return False
+    jax.ffi.register_ffi_target(_EXPECTATION, jax.ffi.pycapsule(library.gemma2_expectation), platform="cpu")
+    return True
+
+
+def _summed_by_kernel(hidden, table, labels, weights, cap, terms, gradient):
+    count, width = hidden.shape
+    call = jax.ffi.ffi_call(
+        _EXPECTATION,
+        (
+            jax.ShapeDtypeStruct((count,), "float32"),
+            jax.ShapeDtypeStruct((count,), "int32"),
+            jax.ShapeDtypeStruct((count if gradient else 0, width), "float32"),
+        ),
+    )
+    normaliser, first, expected = call(hidden, table, cap=np.float64(cap or 0.0), threads=np.int64(native.threads()))
+    sums, found = expected_cross_entropy(
+        hidden, table, labels, weights, cap, terms, normaliser, first, expected if gradient else None
+    )
+    return sums, (found, None)
+
+
+def _summed_by_blocks(hidden, table, labels, weights, cap, terms, gradient, table_trains):
     count, width = hidden.shape
     size = min(count, tokens_at_once(table.shape[0]))
     blocks = -(-count // size)

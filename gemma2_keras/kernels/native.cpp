@@ -1,10 +1,12 @@
-// Decoding and prefill attention of Gemma 2 on a CPU, at the speed of its memory: what Python calls.
+// Decoding, prefill attention and the loss of Gemma 2 on a CPU, at the speed of its memory and of its products: what
+// Python calls.
 //
 // Letters: B batch, T queries, S keys, N query heads, K key heads, G = N / K, H head size, D width, F feed-forward
 // width, V vocabulary. The reference of everything here is the portable engine and `ops/`.
 
 #include "attention.h"
 #include "decode.h"
+#include "expectation.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -49,6 +51,22 @@ void gemma2_attend(int64_t bfloat16, const void* q, const void* k, const void* v
   else
     attend(static_cast<const float*>(q), static_cast<const float*>(k), static_cast<const float*>(v),
            static_cast<float*>(out), mask, B, T, S, N, K, H, float(scale), float(cap), threads);
+}
+
+// What the softmax of `soft_cap(states table^T, cap)` says of each state, with float32 products; a cap of 0 is none.
+//   states      (M, D), table (V, D)
+//   normaliser  (M,) log of the sum of the exponentials of a state's logits
+//   first       (M,) the likeliest word
+//   expected    (M, D) the mean of the table's rows by their probability, each times the derivative of its logit's soft
+//               cap: the gradient of `normaliser` with respect to the states; or null
+void gemma2_expectation(int64_t bfloat16, const void* states, const void* table, int64_t M, int64_t D, int64_t V,
+                        double cap, int threads, float* normaliser, int32_t* first, float* expected) {
+  if (bfloat16)
+    expectation(static_cast<const Bfloat16*>(states), static_cast<const Bfloat16*>(table), M, D, V, float(cap),
+                threads, normaliser, first, expected);
+  else
+    expectation(static_cast<const float*>(states), static_cast<const float*>(table), M, D, V, float(cap), threads,
+                normaliser, first, expected);
 }
 
 // Asks for huge pages under a buffer, which spares a tenth of the time to stream it; without effect where there are

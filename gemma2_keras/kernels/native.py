@@ -19,8 +19,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread", "-ffp-contract=fast", "-fno-math-errno")
-_SOURCES = ("native.cpp", "attention.h", "decode.h", "team.h", "vectors.h")
+_HEADERS = ("attention.h", "decode.h", "expectation.h", "team.h", "vectors.h")
 _COMPILE_SECONDS = 120
 # Of DLPack's device types.
 _CPU = 1
@@ -66,6 +68,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple]] = {
     "gemma2_decode": (_Long, (_MODEL, _Long, _Long, _Int, *[_Pointer] * 5, _Long, *[_Pointer] * 2)),
     "gemma2_logits": (None, (_MODEL, _Long, _Int, _Pointer, _Pointer)),
     "gemma2_attend": (None, (_Long, *[_Pointer] * 5, *[_Long] * 6, _Double, _Double, _Int)),
+    "gemma2_expectation": (None, (_Long, *[_Pointer] * 2, *[_Long] * 3, _Double, _Int, *[_Pointer] * 3)),
     "gemma2_use_huge_pages": (None, (_Pointer, _Long)),
 }
 
@@ -73,18 +76,54 @@ _SIGNATURES: dict[str, tuple[Any, tuple]] = {
 @functools.cache
 def library() -> Any:
     """The kernels as a `ctypes` library; `None` where they cannot be compiled."""
+    found = compiled("native.cpp")
+    if found is not None:
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(found, name)
+            function.restype, function.argtypes = result, arguments
+    return found
+
+
+def compiled(source: str, include: str | None = None) -> Any:
+    """A `ctypes` library of one of our C++ files; `None` where it cannot be compiled.
+
+    Args:
+        source: its name.
+        include: a folder of headers of others, which a new version of theirs gives another name or other contents.
+    """
     compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("clang++") or ""]
     if not compiler[0] or os.name != "posix":
         return None
     try:
         with _cache_folder() as folder:
-            found = ctypes.CDLL(str(_compiled(compiler, Path(folder))))
+            return ctypes.CDLL(str(_compiled(compiler, Path(folder), source, include)))
     except (OSError, subprocess.SubprocessError):
         return None
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(found, name)
-        function.restype, function.argtypes = result, arguments
-    return found
+
+
+def expectation(states: Any, table: Any, cap: float | None, gradient: bool) -> tuple[Any, Any, Any]:
+    """What the softmax of `soft_cap(states table^T, cap)` says of each state, by the CPU kernel.
+
+    Args:
+        states: (M, D) float32 array in one piece.
+        table: (V, D) float32 array in one piece.
+        cap: soft cap on the logits; `None` for none.
+        gradient: whether the gradient is made along.
+
+    Returns:
+        normaliser: (M,) float32, the log of the sum of the exponentials of the logits.
+        first: (M,) int32, the likeliest words.
+        expected: (M, D) float32, the gradient of `normaliser` with respect to the states; (0, D) if not asked for.
+    """
+    count, width = states.shape
+    normaliser, first = np.empty(count, "float32"), np.empty(count, "int32")
+    expected = np.empty((count if gradient else 0, width), "float32")
+    library().gemma2_expectation(
+        False,
+        *(states.ctypes.data, table.ctypes.data, count, width, len(table), cap or 0.0, threads()),
+        *(normaliser.ctypes.data, first.ctypes.data, expected.ctypes.data if gradient else None),
+    )
+    return normaliser, first, expected
 
 
 def threads() -> int:
@@ -156,21 +195,23 @@ _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype, _capsule_pointer.argtypes = _Pointer, (ctypes.py_object, ctypes.c_char_p)
 
 
-def _compiled(compiler: list[str], cache: Path) -> Path:
+def _compiled(compiler: list[str], cache: Path, source: str, include: str | None) -> Path:
     """The library's file in a folder, compiled unless an earlier run on such a machine did."""
     folder = resources.files("gemma2_keras.kernels")
-    sources = {name: folder.joinpath(name).read_bytes() for name in _SOURCES}
+    sources = {name: folder.joinpath(name).read_bytes() for name in (source, *_HEADERS)}
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=_COMPILE_SECONDS).stdout
-    parts = [*sources.values(), version, " ".join(_FLAGS).encode(), _processor().encode()]
+    flags = _FLAGS if include is None else (*_FLAGS, "-isystem", include)
+    theirs = [] if include is None else [path.read_bytes() for path in sorted(Path(include).rglob("*.h"))]
+    parts = [*sources.values(), *theirs, version, " ".join(flags).encode(), _processor().encode()]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()
-    target = cache / f"native-{key[:20]}.so"
+    target = cache / f"{Path(source).stem}-{key[:20]}.so"
     if not target.exists():
         # Written beside and renamed: whoever compiles at the same time sees a whole file or none.
         with tempfile.TemporaryDirectory(dir=cache) as beside:
-            for name, source in sources.items():
-                Path(beside, name).write_bytes(source)
-            built = Path(beside, "native.so")
-            command = [*compiler, *_FLAGS, str(Path(beside, _SOURCES[0])), "-o", str(built)]
+            for name, text in sources.items():
+                Path(beside, name).write_bytes(text)
+            built = Path(beside, "built.so")
+            command = [*compiler, *flags, str(Path(beside, source)), "-o", str(built)]
             subprocess.run(command, capture_output=True, check=True, timeout=_COMPILE_SECONDS)
             built.rename(target)
     return target

@@ -7,9 +7,11 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
+from gemma2_keras.kernels import native
 from gemma2_keras.ops.attention import attention, soft_cap
-from gemma2_keras.ops.cross_entropy import LossTerms, TokenSums, tokens_at_once
+from gemma2_keras.ops.cross_entropy import LossTerms, TokenSums, expected_cross_entropy, tokens_at_once
 from gemma2_keras.ops.linear import linear
 
 __all__ = [
@@ -41,14 +43,22 @@ def projected_cross_entropy(
 
     Tokens of weight 0 cost nothing.
     """
-    counted = tf.where(weights != 0)[:, 0]
-    hidden, labels, weights = (tf.gather(x, counted) for x in (hidden, labels, weights))
+    # XLA compiles for one number of tokens.
+    inside_xla = not tf.executing_eagerly() and GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+    if not inside_xla:
+        counted = tf.where(weights != 0)[:, 0]
+        hidden, labels, weights = (tf.gather(x, counted) for x in (hidden, labels, weights))
+    fast = not inside_xla and _is_fast(table)
 
     @tf.custom_gradient
     def run(hidden, table):
-        sums, hidden_gradient, table_gradient = _summed(
-            hidden, table, labels, weights, cap, terms, training, training and table_trains
-        )
+        arguments = hidden, table, labels, weights, cap, terms, training
+        # Of the gradient of the table, and of the mean of all logits, the kernel knows nothing.
+        if (training and table_trains) or terms.label_smoothing or not fast:
+            sums, hidden_gradient, table_gradient = _summed(*arguments, training and table_trains)
+        else:
+            sums, hidden_gradient = _summed_by_kernel(*arguments)
+            table_gradient = None
 
         def backward(factor, *_):
             return (
@@ -62,14 +72,41 @@ def projected_cross_entropy(
     return TokenSums(sums[0], *map(tf.stop_gradient, sums[1:]))
 
 
+def _is_fast(table) -> bool:
+    """Whether the CPU kernel can be called; TensorFlow's own products of bfloat16 numbers are faster."""
+    elsewhere = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU")
+    return table.dtype == tf.float32 and not elsewhere and native.library() is not None
+
+
+def _summed_by_kernel(hidden, table, labels, weights, cap, terms, gradient):
+    def run(hidden, table):
+        return native.expectation(hidden, table, cap, gradient)
+
+    normaliser, first, expected = tf.numpy_function(run, [hidden, table], (tf.float32, tf.int32, tf.float32))
+    normaliser.set_shape([None])
+    first.set_shape([None])
+    expected.set_shape([None, hidden.shape[1]])
+    return expected_cross_entropy(
+        hidden, table, labels, weights, cap, terms, normaliser, first, expected if gradient else None
+    )
+
+
 def _summed(hidden, table, labels, weights, cap, terms, gradient, table_trains):
     """The sums, and the gradients of `loss` with respect to the states and the table; zeros if not asked for."""
     count, width = tf.shape(hidden)[0], hidden.shape[1]
     vocabulary = table.shape[0]
-    size = tokens_at_once(vocabulary)
+    # Without any token there is one block, of one that does not count.
+    blocks = tf.maximum(-(-count // tokens_at_once(vocabulary)), 1)
+    size = tf.maximum(-(-count // blocks), 1)
 
-    def add(start, sums, found, table_gradient):
-        states, label, weight = (x[start : start + size] for x in (hidden, labels, weights))
+    def split(x):
+        missing = tf.zeros([blocks * size - count, *x.shape[1:]], x.dtype)
+        return tf.reshape(tf.concat([x, missing], 0), [blocks, size, *x.shape[1:]])
+
+    examples = [split(x) for x in (hidden, labels, weights)]
+
+    def add(block, sums, found, table_gradient):
+        states, label, weight = (x[block] for x in examples)
         logits = soft_cap(tf.cast(tf.matmul(states, table, transpose_b=True), "float32"), cap)
         top = tf.reduce_max(logits, -1, keepdims=True)
         shares = tf.exp(logits - top)
@@ -92,18 +129,17 @@ def _summed(hidden, table, labels, weights, cap, terms, gradient, table_trains):
             if cap is not None:
                 shares *= 1 - tf.square(logits / cap)
             shares = tf.cast(shares, table.dtype)
-            found = found.write(start // size, tf.cast(tf.matmul(shares, table), "float32"))
+            found = found.write(block, tf.cast(tf.matmul(shares, table), "float32"))
             if table_trains:
                 table_gradient += tf.cast(tf.matmul(shares, states, transpose_a=True), "float32")
-        return start + size, sums, found, table_gradient
+        return block + 1, sums, found, table_gradient
 
-    # Without any token there is one block, of none.
-    end = tf.maximum(count, 1)
-    found = tf.TensorArray("float32", (end + size - 1) // size, infer_shape=False, element_shape=[None, width])
+    found = tf.TensorArray("float32", blocks, element_shape=[None, width])
     state = (0, (0.0, 0.0, 0.0), found, tf.zeros(table.shape if table_trains else ()))
     # One block at a time, or they would all be in memory.
-    _, sums, found, table_gradient = tf.while_loop(lambda start, *_: start < end, add, state, parallel_iterations=1)
-    return sums, found.concat() if gradient else None, table_gradient
+    _, sums, found, table_gradient = tf.while_loop(lambda block, *_: block < blocks, add, state, parallel_iterations=1)
+    hidden_gradient = tf.reshape(found.stack(), [-1, width])[:count] if gradient else None
+    return sums, hidden_gradient, table_gradient
 
 
 def write_slots(buffer: Any, slots: Any, values: Any) -> Any:

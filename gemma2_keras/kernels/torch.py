@@ -12,7 +12,7 @@ import torch
 
 from gemma2_keras.kernels import native
 from gemma2_keras.ops import attention as portable
-from gemma2_keras.ops.cross_entropy import LossTerms, TokenSums, tokens_at_once
+from gemma2_keras.ops.cross_entropy import LossTerms, TokenSums, expected_cross_entropy, tokens_at_once
 from gemma2_keras.ops.linear import linear
 
 __all__ = [
@@ -71,31 +71,49 @@ def projected_cross_entropy(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, table, labels, weights, cap, terms, training, table_trains):
-        sums = torch.zeros(3, device=hidden.device)
-        hidden_gradient = torch.empty_like(hidden if training else hidden[:0])
-        table_gradient = torch.zeros_like(table, dtype=torch.float32) if training and table_trains else None
-        size = tokens_at_once(len(table))
-        # Each block is worked on in place, in the same two buffers.
-        logits, shares = (torch.empty(min(size, len(hidden)), len(table), device=hidden.device) for _ in range(2))
-        for start in range(0, len(hidden), size):
-            states, label, weight = (x[start : start + size] for x in (hidden, labels, weights))
-            logits, shares = logits[: len(states)], shares[: len(states)]
-            _cross_entropy_block(states, table, label, weight, cap, terms, sums, logits, shares, training)
-            if not training:
-                continue
-            gradient = shares.to(table.dtype)
-            torch.mm(gradient, table, out=hidden_gradient[start : start + size])
-            if table_gradient is not None:
-                table_gradient += gradient.T @ states
-        ctx.hidden_gradient, ctx.table_gradient = hidden_gradient, table_gradient
-        loss, surprise, correct = sums
-        ctx.mark_non_differentiable(surprise, correct)
-        return loss, surprise, correct
+        hidden, table = hidden.detach().contiguous(), table.detach().contiguous()
+        table_trains = training and table_trains
+        fast = native.library() is not None and hidden.device.type == "cpu" and hidden.dtype == torch.float32
+        # Of bfloat16 numbers PyTorch's products are faster; of the gradient of the table the kernel knows nothing.
+        if fast and len(hidden) and not (table_trains or terms.label_smoothing):
+            found = native.expectation(hidden.numpy(), table.numpy(), cap, training)
+            normaliser, first, expected = map(torch.from_numpy, found)
+            sums, ctx.hidden_gradient = expected_cross_entropy(
+                hidden, table, labels, weights, cap, terms, normaliser, first, expected if training else None
+            )
+            ctx.table_gradient = None
+        else:
+            sums, ctx.hidden_gradient, ctx.table_gradient = _summed(
+                hidden, table, labels, weights, cap, terms, training, table_trains
+            )
+        ctx.mark_non_differentiable(*sums[1:])
+        return tuple(sums)
 
     @staticmethod
     def backward(ctx, factor, *_):
         table = None if ctx.table_gradient is None else ctx.table_gradient * factor
         return ctx.hidden_gradient * factor, table, *[None] * 6
+
+
+def _summed(hidden, table, labels, weights, cap, terms, training, table_trains):
+    """The sums, and the gradients of `loss` with respect to the states and the table, `None` if it is not trained."""
+    sums = torch.zeros(3, device=hidden.device)
+    hidden_gradient = torch.empty_like(hidden if training else hidden[:0])
+    table_gradient = torch.zeros_like(table, dtype=torch.float32) if table_trains else None
+    size = tokens_at_once(len(table))
+    # Each block is worked on in place, in the same two buffers.
+    logits, shares = (torch.empty(min(size, len(hidden)), len(table), device=hidden.device) for _ in range(2))
+    for start in range(0, len(hidden), size):
+        states, label, weight = (x[start : start + size] for x in (hidden, labels, weights))
+        logits, shares = logits[: len(states)], shares[: len(states)]
+        _cross_entropy_block(states, table, label, weight, cap, terms, sums, logits, shares, training)
+        if not training:
+            continue
+        gradient = shares.to(table.dtype)
+        torch.mm(gradient, table, out=hidden_gradient[start : start + size])
+        if table_gradient is not None:
+            table_gradient += gradient.T @ states
+    return sums.unbind(), hidden_gradient, table_gradient
 
 
 def _cross_entropy_block(states, table, label, weight, cap, terms, sums, logits, shares, training):

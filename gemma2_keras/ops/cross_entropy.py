@@ -93,3 +93,32 @@ def projected_cross_entropy(hidden, table, labels, weights, cap, terms, training
         ops.stop_gradient(ops.sum(surprise * weights)),
         ops.stop_gradient(ops.sum(correct * weights)),
     )
+
+
+def expected_cross_entropy(hidden, table, labels, weights, cap, terms, normaliser, first, expected):
+    """The loss of tokens, and its gradient, from what a kernel says of the softmax of each.
+
+    Args:
+        hidden: as `projected_cross_entropy`, and so the next ones.
+        table: likewise.
+        labels: likewise.
+        weights: likewise.
+        cap: likewise.
+        terms: likewise, without label smoothing.
+        normaliser: (M,) float32 tensor, the log of the sum of the exponentials of the logits.
+        first: (M,) int32 tensor, the likeliest words.
+        expected: (M, D) float32 tensor, the gradient of `normaliser` with respect to `hidden`; `None` for no gradient.
+
+    Returns:
+        `TokenSums`, and the (M, D) float32 gradient of its loss, or `None`.
+    """
+    rows = ops.cast(ops.take(table, labels, axis=0), "float32")
+    chosen = soft_cap(ops.sum(ops.cast(hidden, "float32") * rows, axis=-1), cap)
+    loss = normaliser - chosen + terms.z_loss * ops.square(normaliser)
+    correct = ops.cast(ops.equal(first, ops.cast(labels, "int32")), "float32")
+    sums = TokenSums(*(ops.sum(x * weights) for x in (loss, normaliser - chosen, correct)))
+    if expected is None:
+        return sums, None
+    slope = ops.ones_like(chosen) if cap is None else 1.0 - ops.square(chosen / cap)
+    factor = 1.0 + 2.0 * terms.z_loss * normaliser
+    return sums, weights[:, None] * (factor[:, None] * expected - slope[:, None] * rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from keras import ops
 
 from gemma2_keras import kernels
+from gemma2_keras.kernels import native
 from gemma2_keras.ops import cross_entropy as portable
 from gemma2_keras.ops.cross_entropy import LossTerms
 
@@ -63,26 +65,132 @@ def problem(seed, tokens, width, vocabulary, dtype="float32"):
 @given(
     seed=st.integers(0, 2**16),
     tokens=st.integers(1, 40),
-    vocabulary=st.integers(2, 50),
+    width=st.integers(1, 70),
+    vocabulary=st.integers(2, 300),
     cap=st.sampled_from([None, 30.0, 1.5]),
     terms=st.sampled_from([LossTerms(), LossTerms(0.1, 0.0), LossTerms(0.0, 0.01), LossTerms(0.2, 0.003)]),
     rows=st.sampled_from([8, 16, 1024]),
+    table_trains=st.booleans(),
 )
-def test_sums_and_gradients_are_those_of_all_logits(seed, tokens, vocabulary, cap, terms, rows):
-    hidden, table, labels, weights = problem(seed, tokens, 5, vocabulary)
+def test_sums_and_gradients_are_those_of_all_logits(seed, tokens, width, vocabulary, cap, terms, rows, table_trains):
+    hidden, table, labels, weights = problem(seed, tokens, width, vocabulary)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(portable, "_BLOCK", rows * vocabulary)
         found, expected = (
             value_and_gradients(
-                lambda h, t, f=f: f(h, t, labels, weights, cap, terms, training=True, table_trains=True), hidden, table
+                lambda h, t=table, f=f: f(h, t, labels, weights, cap, terms, True, table_trains),
+                *((hidden, table) if table_trains else (hidden,)),
             )
             for f in (kernels.projected_cross_entropy, portable.projected_cross_entropy)
         )
-        alone = kernels.projected_cross_entropy(hidden, table, labels, weights, cap, terms, False, True)
+        alone = kernels.projected_cross_entropy(hidden, table, labels, weights, cap, terms, False, table_trains)
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose([float(array(x)) for x in alone], expected[0], rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(found[1], expected[1], strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler here")
+
+
+def expectation(states, table, cap):
+    """What `native.expectation` says, in float64."""
+    raw = states.astype("float64") @ table.T.astype("float64")
+    logits = raw if cap is None else cap * np.tanh(raw / cap)
+    top = logits.max(-1, keepdims=True)
+    shares = np.exp(logits - top)
+    total = shares.sum(-1, keepdims=True)
+    slope = 1.0 if cap is None else 1.0 - (logits / cap) ** 2
+    return (top + np.log(total))[:, 0], logits.argmax(-1), shares / total * slope @ table
+
+
+@pytest.mark.once
+@needs_compiler
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 2**16),
+    tokens=st.integers(1, 60),
+    width=st.integers(1, 200),
+    vocabulary=st.integers(1, 2000),
+    cap=st.sampled_from([None, 30.0, 0.5]),
+    scale=st.sampled_from([1e-3, 0.3, 3.0]),
+    threads=st.integers(1, 3),
+)
+def test_the_cpu_kernel_knows_the_softmax(seed, tokens, width, vocabulary, cap, scale, threads):
+    random = np.random.default_rng(seed)
+    states, table = (random.normal(size=(n, width)).astype("float32") * scale**0.5 for n in (tokens, vocabulary))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", str(threads))
+        found = native.expectation(states, table, cap, gradient=True)
+        alone = native.expectation(states, table, cap, gradient=False)
+        patch.setenv("OMP_NUM_THREADS", "2")
+        again = native.expectation(states, table, cap, gradient=True)
+    expected = expectation(states, table, cap)
+    np.testing.assert_allclose(found[0], expected[0], rtol=2e-6, atol=2e-6 * width**0.5)
+    # Where the cap is reached, any of the words that reach it may come first.
+    logits = states @ table.T if cap is None else np.tanh(states @ table.T / cap)
+    np.testing.assert_allclose(logits[np.arange(tokens), found[1]], logits.max(-1), rtol=1e-5, atol=1e-5)
+    # A float32 logit is known to some units in its last place, which its probability repeats.
+    slack = 1e-6 * max(1.0, np.abs(states @ table.T).max()) * np.abs(table).max()
+    np.testing.assert_allclose(found[2], expected[2], rtol=1e-5, atol=slack)
+    # Neither the number of threads nor what else is made changes a bit.
+    for a, b in zip(found, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(found[0], alone[0])
+    assert alone[2].shape == (0, width)
+
+
+@pytest.mark.once
+@needs_compiler
+def test_the_cpu_kernel_hands_on_what_is_not_a_number():
+    states, table = np.ones((3, 4), "float32"), np.ones((40, 4), "float32")
+    states[1, 2] = np.nan
+    normaliser, _, expected = native.expectation(states, table, 30.0, gradient=True)
+    assert np.isnan(normaliser).tolist() == [False, True, False]
+    assert np.isnan(expected).all(-1).tolist() == [False, True, False]
+
+
+@needs_compiler
+@pytest.mark.skipif(BACKEND == "jax", reason="the next test is of JAX")
+def test_a_frozen_table_goes_to_the_cpu_kernel(monkeypatch):
+    calls = []
+    whole = native.expectation
+    monkeypatch.setattr(native, "expectation", lambda *a: calls.append(a[-1]) or whole(*a))
+    hidden, table, labels, weights = problem(0, 6, 5, 11)
+    for training in (True, False):
+        kernels.projected_cross_entropy(hidden, table, labels, weights, 3.0, LossTerms(), training, False)
+    assert calls == [True, False]
+
+
+@needs_compiler
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX alone calls it from within a program")
+def test_xla_calls_the_cpu_kernel():
+    import jax
+
+    hidden, table, labels, weights = problem(0, 6, 5, 11)
+
+    def loss(hidden):
+        return kernels.projected_cross_entropy(hidden, table, labels, weights, 3.0, LossTerms(), True, False).loss
+
+    assert "gemma2_expectation" in jax.jit(jax.grad(loss)).lower(hidden).as_text()
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="only there is XLA a choice")
+def test_xla_compiles_the_loss_without_the_cpu_kernel():
+    import tensorflow as tf
+
+    hidden, table, labels, weights = problem(0, 30, 5, 11)
+
+    def run(hidden):
+        with tf.GradientTape() as tape:
+            tape.watch(hidden)
+            sums = kernels.projected_cross_entropy(hidden, table, labels, weights, 3.0, LossTerms(), True, False)
+        return *sums, tf.convert_to_tensor(tape.gradient(sums.loss, hidden))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(portable, "_BLOCK", 8 * 11)
+        for mine, theirs in zip(tf.function(run, jit_compile=True)(hidden), run(hidden), strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_a_frozen_table_gets_no_gradient():
@@ -94,7 +202,7 @@ def test_a_frozen_table_gets_no_gradient():
     frozen = value_and_gradients(
         lambda h: kernels.projected_cross_entropy(h, table, *arguments, table_trains=False), hidden
     )
-    np.testing.assert_array_equal(frozen[1][0], trained[1][0])
+    np.testing.assert_allclose(frozen[1][0], trained[1][0], rtol=1e-5, atol=1e-6)
 
 
 def test_no_token_that_counts_is_no_loss():
