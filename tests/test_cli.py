@@ -98,6 +98,7 @@ def test_a_seed_makes_a_random_text_repeatable(preset, capsys):
     [
         (["The cat", "--preset", "gemma2_2b"], "There is no preset 'gemma2_2b'. Did you mean"),
         (["The cat", "--preset", "./absent"], "There is no folder absent"),
+        (["The cat", "--preset", ""], "`preset` is empty"),
         (["", "--preset", "PRESET"], "0 is an empty string"),
         (["The cat", "--preset", "PRESET", "--max-new-tokens", "0"], "`max_new_tokens` must be a whole number"),
         (["The cat", "--preset", "PRESET", "--sampler", "zebra"], "`sampler` must be one of beam,"),

@@ -28,6 +28,11 @@ def resolve(preset: str | os.PathLike) -> Path:
     if not isinstance(preset, str | os.PathLike):
         raise PresetError(f"`preset` must be a name, a handle or a folder; given {type(preset).__name__}.")
     text = os.fspath(preset)
+    if not text.strip():
+        raise PresetError(
+            f"`preset` is empty: give a name of `gemma2_keras.list_presets()`, a handle {HUGGING_FACE}owner/name, or a "
+            'folder; the current one is ".".'
+        )
     if text.startswith(HUGGING_FACE):
         return _fetch(text.removeprefix(HUGGING_FACE))
     if "://" in text:
