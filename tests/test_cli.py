@@ -201,6 +201,33 @@ def test_a_reader_who_leaves_is_no_error(action):
     assert (process.returncode, errors) == (0, "")
 
 
+def test_generating_says_nothing_on_standard_error():
+    with run("generate", "The sun", "--max-new-tokens", "2", stdout=subprocess.DEVNULL) as process:
+        _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (0, "")
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("end", ["pass", "os.abort()", "raise ImportError('no such library')"])
+def test_of_what_is_said_during_imports_only_chatter_is_left_out(end):
+    script = f"""
+import os, sys
+from gemma2_keras.cli import quiet_imports
+with quiet_imports():
+    for line in (b"WARNING: All log messages before absl::InitializeLog() is called", b"I0000 00:00 a.cc:1] idle"):
+        os.write(2, line + b"\\n")
+    os.write(2, b"E0000 00:00 b.cc:2] broken\\nW0000 odd\\nI am no log line\\n")
+    print("a warning", file=sys.stderr)
+    {end}
+print("I0000 afterwards", file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    lines = done.stderr.splitlines()
+    assert lines[:4] == ["E0000 00:00 b.cc:2] broken", "W0000 odd", "I am no log line", "a warning"]
+    expected = {"pass": "I0000 afterwards", "os.abort()": "a warning"}
+    assert lines[-1] == expected.get(end, "ImportError: no such library")
+
+
 @pytest.mark.once
 def test_the_installed_command_is_this_one():
     command = Path(sys.executable).with_name("gemma2-keras")
