@@ -201,9 +201,11 @@ def test_a_reader_who_leaves_is_no_error(action):
     assert (process.returncode, errors) == (0, "")
 
 
+@pytest.mark.once
+@pytest.mark.slow
 def test_generating_says_nothing_on_standard_error():
     with run("generate", "The sun", "--max-new-tokens", "2", stdout=subprocess.DEVNULL) as process:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=240)
     assert (process.returncode, errors) == (0, "")
 
 
