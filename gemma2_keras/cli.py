@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gemma2_keras import __version__
+
+# Leaves out what TensorFlow, and what it loads, say of themselves when they are imported, whatever they are told.
+_SIEVE = r"""
+import re, sys
+for line in sys.stdin.buffer:
+    if not re.match(rb"I\d{4} |WARNING: All log messages before absl::InitializeLog", line):
+        sys.stderr.buffer.write(line)
+        sys.stderr.flush()
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,6 +53,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gemma2-keras: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Import libraries without their chatter on standard error; warnings and errors come through.
+
+    They write past Python, so that a process of its own looks at each line: it shows the last ones of a crash, too.
+    """
+    if "tensorflow" in sys.modules or sys.stderr is None:
+        yield
+        return
+    sys.stderr.flush()
+    command = [sys.executable, "-I", "-S", "-c", _SIEVE]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as sieve:
+        assert sieve.stdin is not None
+        shown = os.dup(2)
+        os.dup2(sieve.stdin.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(shown, 2)
+            os.close(shown)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,7 +128,8 @@ def _add_generation(parser: argparse.ArgumentParser, max_new_tokens: int | None 
 
 def _loaded(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The model, and the options of what it generates."""
-    from gemma2_keras import Gemma2CausalLM
+    with quiet_imports():
+        from gemma2_keras import Gemma2CausalLM
 
     model = Gemma2CausalLM.from_preset(options.preset, dtype=options.dtype)
     if model.preprocessor is None:

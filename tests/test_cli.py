@@ -98,6 +98,7 @@ def test_a_seed_makes_a_random_text_repeatable(preset, capsys):
     [
         (["The cat", "--preset", "gemma2_2b"], "There is no preset 'gemma2_2b'. Did you mean"),
         (["The cat", "--preset", "./absent"], "There is no folder absent"),
+        (["The cat", "--preset", ""], "`preset` is empty"),
         (["", "--preset", "PRESET"], "0 is an empty string"),
         (["The cat", "--preset", "PRESET", "--max-new-tokens", "0"], "`max_new_tokens` must be a whole number"),
         (["The cat", "--preset", "PRESET", "--sampler", "zebra"], "`sampler` must be one of beam,"),
@@ -198,6 +199,35 @@ def test_a_reader_who_leaves_is_no_error(action):
         os.close(write)
         _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (0, "")
+
+
+@pytest.mark.once
+@pytest.mark.slow
+def test_generating_says_nothing_on_standard_error():
+    with run("generate", "The sun", "--max-new-tokens", "2", stdout=subprocess.DEVNULL) as process:
+        _, errors = process.communicate(timeout=240)
+    assert (process.returncode, errors) == (0, "")
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("end", ["pass", "os.abort()", "raise ImportError('no such library')"])
+def test_of_what_is_said_during_imports_only_chatter_is_left_out(end):
+    script = f"""
+import os, sys
+from gemma2_keras.cli import quiet_imports
+with quiet_imports():
+    for line in (b"WARNING: All log messages before absl::InitializeLog() is called", b"I0000 00:00 a.cc:1] idle"):
+        os.write(2, line + b"\\n")
+    os.write(2, b"E0000 00:00 b.cc:2] broken\\nW0000 odd\\nI am no log line\\n")
+    print("a warning", file=sys.stderr)
+    {end}
+print("I0000 afterwards", file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    lines = done.stderr.splitlines()
+    assert lines[:4] == ["E0000 00:00 b.cc:2] broken", "W0000 odd", "I am no log line", "a warning"]
+    expected = {"pass": "I0000 afterwards", "os.abort()": "a warning"}
+    assert lines[-1] == expected.get(end, "ImportError: no such library")
 
 
 @pytest.mark.once

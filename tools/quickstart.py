@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from gemma2_keras.cli import quiet_imports
+
 ROOT = Path(__file__).resolve().parents[1]
 PRESET = "gemma2_tiny_en"
 SAMPLE = ROOT / "notebooks" / "data" / "pirate.jsonl"
@@ -78,9 +80,10 @@ def run(data: Path) -> None:
     """Do the job on one file of examples."""
     examples = read_examples(data)
     start = time.perf_counter()
-    import keras
+    with quiet_imports():
+        import keras
 
-    from gemma2_keras import Gemma2CausalLM, Gemma2CausalLMPreprocessor
+        from gemma2_keras import Gemma2CausalLM, Gemma2CausalLMPreprocessor
     from tools.loss_curve import StepLosses, plot_losses
 
     keras.utils.set_random_seed(0)

@@ -21,6 +21,7 @@ from gemma2_keras.checkpoints.guard import (
     open_tensors,
     read_json,
     replacing_folder,
+    restore_folder,
     some,
     write_json,
 )
@@ -131,6 +132,7 @@ def read_adapter(folder: str | os.PathLike, backbone: Any) -> StoredAdapter:
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"The folder of an adapter must be a path; given {folder!r}.")
     path = Path(folder)
+    restore_folder(path)
     if not path.is_dir():
         raise CheckpointError(f"There is no folder {path}.")
     shapes = {module: tuple(layer.weight.shape) for module, layer in backbone.linear_layers().items()}

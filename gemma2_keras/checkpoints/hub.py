@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from gemma2_keras.checkpoints.catalogue import describe_preset, list_presets
+from gemma2_keras.checkpoints.guard import restore_folder
 from gemma2_keras.checkpoints.transformers import CONFIG_FILE
 from gemma2_keras.errors import PresetError
 
@@ -28,6 +29,11 @@ def resolve(preset: str | os.PathLike) -> Path:
     if not isinstance(preset, str | os.PathLike):
         raise PresetError(f"`preset` must be a name, a handle or a folder; given {type(preset).__name__}.")
     text = os.fspath(preset)
+    if not text.strip():
+        raise PresetError(
+            f"`preset` is empty: give a name of `gemma2_keras.list_presets()`, a handle {HUGGING_FACE}owner/name, or a "
+            'folder; the current one is ".".'
+        )
     if text.startswith(HUGGING_FACE):
         return _fetch(text.removeprefix(HUGGING_FACE))
     if "://" in text:
@@ -42,6 +48,12 @@ def resolve(preset: str | os.PathLike) -> Path:
     folder = Path(text)
     if len(text) > 4096 or "\0" in text:
         raise PresetError(f"{text[:40]!r}… leads to no preset: it is {len(text)} characters long, or holds a NUL.")
+    try:
+        restore_folder(folder)
+    except OSError as error:
+        raise PresetError(
+            f"A save to {folder} was killed before its end, and what it left cannot be renamed ({error}): save again."
+        ) from error
     if folder.is_dir():
         if not any((folder / name).is_file() for name in (CONFIG_FILE, OWN_FILE)):
             raise PresetError(f"The folder {folder} has no {CONFIG_FILE}: it is no preset and no checkpoint.")

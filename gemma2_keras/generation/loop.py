@@ -60,18 +60,20 @@ def burst(
     backbone: Any,
     cache: Cache,
     state: State,
+    steps: Any,
     noise: Any,
     values: dict[str, Any],
     stop_ids: Any,
     *,
     uses: tuple[str, ...],
 ) -> tuple[Any, Any, State, Cache]:
-    """Run and choose up to T tokens of each row, fewer once all rows are finished.
+    """Run and choose some tokens of each row, fewer once all rows are finished.
 
     Args:
         backbone: a `Gemma2Backbone`.
         cache: of B rows, with room for them.
         state: of this module.
+        steps: int32 scalar, how many tokens, at most T; a program serves any number.
         noise: (B, T) float32 in [0, 1).
         values: of `Sampling.values`.
         stop_ids: (n,) int32 tokens that end a row.
@@ -83,7 +85,7 @@ def burst(
     made = ops.zeros_like(ops.cast(noise, "int32"))
 
     def proceed(done, made, state, cache):
-        return ops.logical_and(done < ops.shape(noise)[1], ops.logical_not(ops.all(state["finished"])))
+        return ops.logical_and(done < steps, ops.logical_not(ops.all(state["finished"])))
 
     def advance(done, made, state, cache):
         logits, cache = step(backbone, state, cache)

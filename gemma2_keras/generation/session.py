@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +19,7 @@ from gemma2_keras.generation.sampling import EXCLUDED, GREEDY, Sampling, adjuste
 from gemma2_keras.kernels import STATIC_SHAPES
 from gemma2_keras.ops.masks import PADDING
 
-# Tokens made between two looks of the caller, and so the most that a stream waits for.
+# Tokens made between two looks of the caller: so many that what each look costs is not noticed.
 BURST = 8
 # Where shapes are compiled in, lengths are rounded up to powers of two, from this one on.
 _LEAST_LENGTH = 64
@@ -191,6 +193,7 @@ class Session:
         sampling: Sampling = GREEDY,
         seeds: Sequence[tuple[int, int]] | None = None,
         burst: int = BURST,
+        pause: float = math.inf,
     ) -> Iterator[list[list[int]]]:
         """Make tokens behind each row, a few at a time.
 
@@ -201,6 +204,7 @@ class Session:
             seeds: for each row its seed and how many rows with the same seed and prompt stand before it; read where
                 chance decides.
             burst: most tokens of a row at a time.
+            pause: about the most seconds to make tokens before they are given; at least one is made.
 
         Yields:
             The next tokens of each row; a row that has ended gets none. Between them `finish` may end rows; a caller
@@ -217,7 +221,7 @@ class Session:
         plain = sampling.is_greedy and not sampling.uses and not sampling.logits_processors
         run = self._greedy if self._native is not None and plain else self._sampled
         self._ended.clear()
-        for made in run(np.asarray(limits, "int32"), tuple(stop_ids), burst, sampling, seeds):
+        for made in run(np.asarray(limits, "int32"), tuple(stop_ids), _Pace(burst, pause), sampling, seeds):
             for row, tokens in enumerate(made):
                 if tokens:
                     self.ids[row] += tokens
@@ -226,16 +230,11 @@ class Session:
                     self._states[row] = None
             yield made
 
-    @property
-    def stream_burst(self) -> int:
-        """How many tokens at a time cost nothing: the kernels lose nothing when they are asked for each by itself."""
-        return 1 if self._native is not None else BURST
-
     def finish(self, rows: Sequence[int]) -> None:
         """End rows that `generate` is making."""
         self._ended.update(rows)
 
-    def _greedy(self, left: np.ndarray, stop_ids: tuple[int, ...], burst: int, *_: Any) -> Iterator[list[list[int]]]:
+    def _greedy(self, left: np.ndarray, stop_ids: tuple[int, ...], pace: _Pace, *_: Any) -> Iterator[list[list[int]]]:
         """With the kernels: choosing the likeliest token is part of the step."""
         assert self._native is not None
         finished = (left <= 0).astype("uint8")
@@ -249,20 +248,22 @@ class Session:
             if finished.all():
                 return
             before = left.copy()
-            steps = min(burst, int(left[finished == 0].max()))
+            began = time.perf_counter()
+            steps = min(pace.steps, int(left[finished == 0].max()))
             new = self._native.decode(self._cache, tokens, steps, left, finished, stop_ids)
+            pace.note(new.shape[1], time.perf_counter() - began)
             if self._programs.settles(new.shape[1]):
                 self._native.settle()
             yield [row[:count].tolist() for row, count in zip(new, before - left, strict=True)]
 
     def _sampled(
-        self, left: np.ndarray, stop_ids: tuple[int, ...], burst: int, sampling: Sampling, seeds: Any
+        self, left: np.ndarray, stop_ids: tuple[int, ...], pace: _Pace, sampling: Sampling, seeds: Any
     ) -> Iterator[list[list[int]]]:
         """Any way of choosing, on any backend."""
         values, uses = sampling.values(self._programs.backbone.config.vocabulary_size), sampling.uses
         # Room for some stop tokens, so that their number is no shape.
         stops = np.pad(np.asarray(stop_ids, "int32"), (0, -len(stop_ids) % 4 or 4 * (not stop_ids)), constant_values=-1)
-        chance = np.zeros((len(left), -(-int(left.max(initial=0)) // burst) * burst + 1), "float32")
+        chance = np.zeros((len(left), int(left.max(initial=0)) + pace.most), "float32")
         if "noise" in uses:
             for row, (ids, (seed, copy)) in enumerate(zip(self.ids, seeds or [(0, 0)] * len(left), strict=True)):
                 chance[row] = noise(seed, copy, ids, chance.shape[1])
@@ -282,9 +283,14 @@ class Session:
                 state, made = self._picked(self._stepped(state), state, chance[:, done], values, stops, sampling)
                 done += 1
             else:
-                some = chance[:, done : done + burst]
-                made, _, state, self._cache = self._programs.burst(self._cache, state, some, values, stops, uses=uses)
-                done += burst
+                began = time.perf_counter()
+                some, steps = chance[:, done : done + pace.most], np.asarray(pace.steps, "int32")
+                made, run, state, self._cache = self._programs.burst(
+                    self._cache, state, steps, some, values, stops, uses=uses
+                )
+                run = int(_numpy(run))
+                pace.note(run, time.perf_counter() - began)
+                done += run
             counts = before - _numpy(state["left"])
             yield [row[:count].tolist() for row, count in zip(_numpy(made), counts, strict=True)]
 
@@ -309,8 +315,11 @@ class Session:
         self, logits: Any, state: loop.State, chance: np.ndarray, values: dict, stops: np.ndarray, sampling: Sampling
     ) -> tuple[loop.State, np.ndarray]:
         """The state with a token of each row chosen, and (B, 1) of those."""
-        for processor in sampling.logits_processors:
-            logits = _processed(processor, [list(row) for row in self.ids], _numpy(logits))
+        if sampling.logits_processors:
+            going = np.flatnonzero(~_numpy(state["finished"]))
+            for processor in sampling.logits_processors:
+                logits = _processed(processor, [list(row) for row in self.ids], _numpy(logits), going)
+            _require_choice(logits, values, going)
         if sampling.sampler is None:
             state = self._programs.pick(logits, state, chance, values, stops, uses=sampling.uses)
         else:
@@ -320,6 +329,28 @@ class Session:
             tokens = sampling.sampler.get_next_token(sampling.sampler.compute_probabilities(logits))
             state = self._programs.note(ops.cast(tokens, "int32"), state, stops)
         return state, _numpy(state["tokens"])[:, None]
+
+
+class _Pace:
+    """How many steps to run at once, so that they take about as long as the caller may wait.
+
+    Args:
+        most: most steps.
+        pause: seconds.
+
+    Attributes:
+        steps: how many to run next: one, as long as nothing is known of how long it takes and that matters.
+    """
+
+    def __init__(self, most: int, pause: float) -> None:
+        self.most = most
+        self.steps = most if pause == math.inf else 1
+        self._pause = pause
+
+    def note(self, steps: int, seconds: float) -> None:
+        """So many steps took so long."""
+        wanted = steps * self._pause / max(seconds, 1e-9)
+        self.steps = self.most if wanted >= self.most else max(1, int(wanted))
 
 
 def _packed(waiting: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
@@ -339,16 +370,46 @@ def _packed(waiting: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int
         yield some
 
 
-def _processed(processor: Any, ids: list[list[int]], logits: np.ndarray) -> np.ndarray:
+def _processed(processor: Any, ids: list[list[int]], logits: np.ndarray, going: np.ndarray) -> np.ndarray:
+    """(B, V) logits as a processor returns them, checked in the rows that go on."""
     name = getattr(processor, "__name__", type(processor).__name__)
-    changed = np.asarray(processor(ids, logits.copy()), "float32")
-    if changed.shape != logits.shape:
+    returned = processor(ids, logits.copy())
+    try:
+        changed = np.asarray(returned, "float32")
+    except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"Logits processor {name} must return logits of shape {logits.shape}; it gave {changed.shape}."
+            f"Logits processor {name} must return logits of shape {logits.shape} as an array; it gave "
+            f"{type(returned).__name__}, which is none ({error})."
+        ) from error
+    if changed.shape != logits.shape:
+        given = "nothing: does it lack a `return`?" if returned is None else f"shape {changed.shape}."
+        raise InputError(f"Logits processor {name} must return logits of shape {logits.shape}; it gave {given}")
+    for row, top in zip(going, changed[going].max(axis=1), strict=True):
+        # The greatest is NaN where any is.
+        if np.isnan(top):
+            what = "NaN"
+        elif top <= EXCLUDED:
+            what = "-inf for every token"
+        elif top == np.inf == changed[row].min():
+            what = "inf for every token"
+        else:
+            continue
+        raise InputError(
+            f"Logits processor {name} returned {what} in row {row}, from which no token can be chosen: return finite "
+            "logits, and -inf only for tokens to leave out."
         )
-    if np.isnan(changed).any():
-        raise InputError(f"Logits processor {name} returned logits that are no numbers.")
     return np.clip(changed, EXCLUDED, -EXCLUDED)
+
+
+def _require_choice(logits: np.ndarray, values: dict[str, Any], going: np.ndarray) -> None:
+    """Refuse a row in which `forbidden_tokens` leave out all that the processors have left."""
+    if "bias" in values:
+        left = (logits[going] + values["bias"] > EXCLUDED).any(axis=1)
+        if not left.all():
+            raise InputError(
+                f"`logits_processors` and `forbidden_tokens` together leave no token to choose in row "
+                f"{going[~left][0]}: let one of them allow at least one."
+            )
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

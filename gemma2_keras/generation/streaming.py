@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Collection, Generator, Sequence
+from typing import Any
 
 from gemma2_keras.memory import peak_bytes
 from gemma2_keras.preprocessing.tokenizer import Gemma2Tokenizer, IncrementalDecoder
@@ -116,30 +118,39 @@ class TextAssembler:
 class TextStream:
     """Pieces of text while a model makes them; an iterator, and a notebook cell's value that fills while it is made.
 
+    Several threads may read it: each piece goes to one of them.
+
+    Args:
+        pieces: strings, then the statistics.
+        lock: held while a piece is made; `None` is one of its own.
+
     Attributes:
         text: what was made so far.
         stats: `GenerationStats`, once the stream has ended.
     """
 
-    def __init__(self, pieces: Generator[str | GenerationStats]) -> None:
+    def __init__(self, pieces: Generator[str | GenerationStats], lock: Any = None) -> None:
         self.text = ""
         self.stats: GenerationStats | None = None
         self._pieces = pieces
+        self._lock = threading.RLock() if lock is None else lock
 
     def __iter__(self) -> TextStream:
         return self
 
     def __next__(self) -> str:
-        for piece in self._pieces:
-            if isinstance(piece, str):
-                self.text += piece
-                return piece
-            self.stats = piece
+        with self._lock:
+            for piece in self._pieces:
+                if isinstance(piece, str):
+                    self.text += piece
+                    return piece
+                self.stats = piece
         raise StopIteration
 
     def close(self) -> None:
-        """Make no more."""
-        self._pieces.close()
+        """Make no more; a piece that another thread is waiting for is made first."""
+        with self._lock:
+            self._pieces.close()
 
     def show(self) -> str:
         """Print the pieces as they come, then the statistics.

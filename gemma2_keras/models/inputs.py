@@ -59,6 +59,26 @@ def check_ids(token_ids: np.ndarray, vocabulary_size: int, name: str = "token_id
         )
 
 
+def check_weights(weights: Any) -> None:
+    """Refuse a `sample_weight` that is no number, which would make all weights of the model so.
+
+    Values are checked only where they are known, which is outside a traced function.
+
+    Raises:
+        InputError: names the first such weight and its place.
+    """
+    if weights is None or is_traced(weights):
+        return
+    values = np.asarray(weights if isinstance(weights, np.ndarray | list | tuple) else ops.convert_to_numpy(weights))
+    finite = np.isfinite(values.astype("float64"))
+    if not finite.all():
+        place = tuple(int(i) for i in np.argwhere(~finite)[0])
+        raise InputError(
+            f"`sample_weight` must be finite numbers; given {float(values[place])} at {place}. A weight of 0 leaves a "
+            "token out."
+        )
+
+
 def is_traced(x: Any) -> bool:
     """Whether `x` stands for values that are not known yet: a symbolic Keras tensor or one inside a traced function."""
     if isinstance(x, keras.KerasTensor):

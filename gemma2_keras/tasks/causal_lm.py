@@ -13,7 +13,7 @@ from keras import ops
 from gemma2_keras.checkpoints import presets as preset_files
 from gemma2_keras.errors import InputError
 from gemma2_keras.models.gemma2_backbone import Gemma2Backbone
-from gemma2_keras.models.inputs import check_ids, check_token_inputs, is_traced
+from gemma2_keras.models.inputs import check_ids, check_token_inputs, check_weights, is_traced
 from gemma2_keras.preprocessing.causal_lm_preprocessor import Gemma2CausalLMPreprocessor, is_tokenized
 from gemma2_keras.tasks.adapters import AdapterTask
 from gemma2_keras.tasks.data import preprocessed
@@ -129,7 +129,8 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
             **kwargs: as `keras.Model.compile` takes them.
 
         Raises:
-            ValueError: if `sampler` is no name of a sampler, or `remat` neither true nor false.
+            ValueError: if `sampler` is no name of a sampler, `remat` neither true nor false, or `loss` a
+                `NextTokenLoss` that keeps a number for each token.
         """
         if isinstance(sampler, str) and sampler not in _SAMPLERS:
             raise ValueError(f"`sampler` must be one of {', '.join(_SAMPLERS)}, or an instance; given {sampler!r}.")
@@ -171,6 +172,7 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
         check_token_inputs(x, self.backbone.config.vocabulary_size)
         if y is not None and not is_traced(y):
             check_ids(ops.convert_to_numpy(y), self.backbone.config.vocabulary_size, "y")
+        check_weights(sample_weight)
         return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
 
     def fit(self, x=None, y=None, batch_size=None, *, sample_weight=None, validation_data=None, **kwargs):
@@ -181,7 +183,7 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
                 `keras.utils.PyDataset`, a torch `DataLoader` or another iterator of batches of them.
             y: labels, only beside tokenized arrays.
             batch_size: examples in a step; 32 by default.
-            sample_weight: weights, only beside tokenized arrays.
+            sample_weight: finite weights, only beside tokenized arrays.
             validation_data: of the same kinds as `x`, or `(x, y)` or `(x, y, sample_weight)`.
             **kwargs: `epochs`, `callbacks`, `validation_split` and the like.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Generator
@@ -26,8 +27,11 @@ _OPTIONS = SAMPLING_OPTIONS | {"max_new_tokens", "stop_token_ids", "stop", "seed
 class Chat:
     """A conversation with a model; `Gemma2CausalLM.chat` begins one.
 
-    Each turn runs only the tokens that are new since the last. Weights that change meanwhile are not noticed:
-    `reset()` begins anew.
+    Each turn runs only the tokens that are new since the last; once adapters were changed or the model was trained, all
+    are run anew. Weights that were assigned by hand are not noticed: `reset()` begins anew.
+
+    Threads may share a chat: turns that are sent follow one another. A turn that begins while another thread reads a
+    stream ends that reply, as any next turn does.
 
     Args:
         model: a `Gemma2CausalLM` with a preprocessor.
@@ -35,6 +39,10 @@ class Chat:
         max_length: most tokens of the whole conversation; `None` is the model's context.
         when_full: `"forget"` or `"raise"`.
         **options: of every reply, as `Gemma2CausalLM.generate` takes them; `send` and `stream` override them.
+
+    Raises:
+        InputError: if an argument is outside what is allowed, or `max_length` leaves no room for any turn.
+        TypeError: if there is no option of a name.
 
     Attributes:
         messages: `{"role": …, "content": …}` of all turns, forgotten ones too; the system text is not among them.
@@ -70,16 +78,37 @@ class Chat:
         self._when_full = when_full
         self._options = options
         self._last: weakref.ref[TextStream] | None = None
+        # Held for each piece of a stream, and by `send` for the whole reply.
+        self._lock = threading.RLock()
         self.reset()
+        self._require_turns()
+
+    def _require_turns(self) -> None:
+        """Refuse now what the first turn would be refused for."""
+        self._model._require_one_token_at_a_time()
+        shortest, least = self._encoded([], "?"), self._least(self._options.get("max_new_tokens"))
+        if len(shortest) + least > self._length:
+            within, or_system = ("", "") if self._system is None else (" with the system text", ", or shorten `system`")
+            raise InputError(
+                f"`max_length`, {self._length}, leaves no room for any turn: the shortest message{within} has "
+                f"{len(shortest)} tokens, and its reply needs {least}. Raise `max_length`, or lower `max_new_tokens`"
+                f"{or_system}."
+            )
+        # A seed that is given is checked; none is drawn.
+        seed = self._options.get("seed")
+        self._asked(shortest, least, {**self._options, "seed": 0 if seed is None else seed})
 
     def reset(self) -> None:
         """Forget everything but the system text; a reply that is still being made ends."""
-        self._leave()
-        self.messages: list[dict[str, str]] = []
-        self.stats: GenerationStats | None = None
-        # What is remembered: a user's text, and the tokens of the model's turn that followed.
-        self._turns: list[tuple[str, list[int]]] = []
-        self._session: Session | None = None
+        with self._lock:
+            self._leave()
+            self.messages: list[dict[str, str]] = []
+            self.stats: GenerationStats | None = None
+            # What is remembered: a user's text, and the tokens of the model's turn that followed.
+            self._turns: list[tuple[str, list[int]]] = []
+            self._session: Session | None = None
+            # Of what the session's cache was made.
+            self._made_by: Any = None
 
     def send(self, text: str, **options: Any) -> str:
         """The model's reply to a message.
@@ -91,7 +120,8 @@ class Chat:
         Raises:
             InputError: if the message is empty, or finds no room; the conversation is then as it was.
         """
-        return "".join(self.stream(text, **options))
+        with self._lock:
+            return "".join(self.stream(text, **options))
 
     def stream(self, text: str, **options: Any) -> TextStream:
         """The same reply, piece by piece. A reply that is left before its end is remembered as far as it went.
@@ -101,22 +131,35 @@ class Chat:
         """
         turns([{"role": "user", "content": text}])
         check_names("chat", options, _OPTIONS)
-        self._leave()
         options = {**self._options, **options}
         check_lengths(None, options.get("max_new_tokens"))
-        limit = options.pop("max_new_tokens", None)
-        kept, ids, room = self._fitting(text, max(1, min(_REPLY, self._length // 4)) if limit is None else limit)
-        asked = (
-            options.pop(name, default) for name, default in (("stop_token_ids", "auto"), ("stop", None), ("seed", None))
-        )
-        stop_token_ids, stop, seed = asked
-        request, assembler = self._model._request(
-            [ids], None, room if limit is None else limit, stop_token_ids, stop, seed, options
-        )
-        self._model._require_one_token_at_a_time()
-        stream = TextStream(self._replied(text, kept, ids, request, assembler()))
-        self._last = weakref.ref(stream)
-        return stream
+        with self._lock:
+            self._leave()
+            kept, ids, room = self._fitting(text, self._least(options.get("max_new_tokens")))
+            request, assembler = self._asked(ids, room, options)
+            self._model._require_one_token_at_a_time()
+            stream = TextStream(self._replied(text, kept, ids, request, assembler()), self._lock)
+            self._last = weakref.ref(stream)
+            return stream
+
+    def _least(self, limit: int | None) -> int:
+        """Room that a reply must find."""
+        return max(1, min(_REPLY, self._length // 4)) if limit is None else int(limit)
+
+    def _asked(self, ids: list[int], room: int, options: dict[str, Any]) -> tuple[Request, Any]:
+        """The request of a reply behind these tokens, and what makes the assembler of its text."""
+        known = {"max_new_tokens": None, "stop_token_ids": "auto", "stop": None, "seed": None}
+        limit, stop_token_ids, stop, seed = (options.get(name, default) for name, default in known.items())
+        sampling = {name: value for name, value in options.items() if name not in known}
+        return self._model._request([ids], None, room if limit is None else limit, stop_token_ids, stop, seed, sampling)
+
+    def _opened(self) -> Session:
+        """The session of the earlier turns, or a new one where their cache is of no use any more."""
+        optimizer = getattr(self._model, "optimizer", None)
+        made_by = self._model._engine, None if optimizer is None else int(optimizer.iterations)
+        if self._session is None or self._made_by != made_by:
+            self._session, self._made_by = Session(made_by[0], 1, self._length), made_by
+        return self._session
 
     def _leave(self) -> None:
         # A stream that was left but is still held would go on behind what comes next.
@@ -127,24 +170,27 @@ class Chat:
         self, text: str, kept: list[tuple[str, list[int]]], ids: list[int], request: Request, assembler: TextAssembler
     ) -> Generator[str | GenerationStats]:
         began = time.perf_counter()
-        if self._session is None:
-            self._session = Session(self._model._engine, 1, self._length)
-        session, before = self._session, self._session.prefilled
-        session.become([ids])
-        said, failed, self.stats = "", False, None
+        session = self._opened()
+        said, counts, before, self.stats = "", False, session.prefilled, None
         try:
+            session.become([ids])
+            counts = True
             for piece in streamed(session, request, assembler, began, session.prefilled - before):
                 if isinstance(piece, str):
                     said += piece
                 else:
                     self.stats = piece
                 yield piece
-        except Exception:
-            failed = True
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            # What the cache holds is not known, and it may be gone with the program that had taken it over.
+            self._session = None
+            counts = counts and not isinstance(error, Exception)
             raise
         finally:
             # A reply that was left, or interrupted, counts as far as it went; one that failed does not.
-            if not failed:
+            if counts:
                 made = session.ids[0][len(ids) :]
                 if assembler.reason == "stop_token":
                     # The turn's end stands behind it in any case.

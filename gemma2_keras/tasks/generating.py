@@ -23,6 +23,8 @@ from gemma2_keras.preprocessing.inputs import to_python
 
 # Rows beyond this gain little: the weights are then read for so many that computing takes longer than reading.
 _MOST_ROWS = 32
+# Seconds that a stream makes tokens before it gives their text: too short to be seen, long beside what a look costs.
+_PAUSE = 0.03
 
 
 # What `generate` takes beside its own arguments; a sampler of one's own is chosen in `compile`.
@@ -189,7 +191,7 @@ def streamed(
         prompt_tokens: how many of its tokens were run.
     """
     first, count = None, 0
-    made = session.generate(request.limits, request.stop_ids, request.sampling, request.seeds, session.stream_burst)
+    made = session.generate(request.limits, request.stop_ids, request.sampling, request.seeds, pause=_PAUSE)
     for (tokens,) in made:
         first = first or time.perf_counter()
         for token in tokens:

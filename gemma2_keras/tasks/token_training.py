@@ -35,8 +35,17 @@ class TokenTraining(TextGeneration):
 
         Returns:
             `loss` and `weighted_metrics` for `keras_hub.models.CausalLM.compile`.
+
+        Raises:
+            ValueError: if the loss is no single number.
         """
         loss = NextTokenLoss() if isinstance(loss, str) and loss == "auto" else loss
+        if isinstance(loss, NextTokenLoss) and loss.reduction in (None, "none"):
+            raise ValueError(
+                f"`loss` has the reduction {loss.reduction!r}, a number for each token; training needs one for all: "
+                'leave `reduction` out, or give "sum" or "mean". The losses of single tokens are '
+                '`score(..., scoring_mode="loss")`.'
+            )
         automatic = isinstance(weighted_metrics, str) and weighted_metrics == "auto"
         plain = isinstance(loss, NextTokenLoss) and loss.reduction == "mean_with_sample_weight"
         needs_logits = others.get("metrics") or others.get("loss_weights") or not (automatic or not weighted_metrics)

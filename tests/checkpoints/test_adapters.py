@@ -51,6 +51,14 @@ def folder(saved, tmp_path):
     return copy
 
 
+@pytest.mark.once
+def test_an_adapter_that_a_killed_save_has_moved_away_is_found_again(folder):
+    folder.rename(folder.with_name(".adapter.0123abcd.old"))
+    model = tiny.causal_lm(num_layers=2)
+    model.load_adapter(folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
+
+
 def change_config(folder, **changes):
     path = folder / "adapter_config.json"
     config = {**json.loads(path.read_text()), **changes}

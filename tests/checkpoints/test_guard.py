@@ -5,12 +5,13 @@ import stat
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from gemma2_keras.checkpoints import guard
-from gemma2_keras.checkpoints.guard import file_inside, read_json, replacing_folder, write_json
+from gemma2_keras.checkpoints.guard import file_inside, read_json, replacing_folder, restore_folder, write_json
 from gemma2_keras.errors import CheckpointError
 
 pytestmark = pytest.mark.once
@@ -116,6 +117,105 @@ def test_a_killed_process_leaves_the_old_folder(tmp_path, moment):
     # And the next one succeeds.
     write(tmp_path / "saved", "next")
     assert (tmp_path / "saved" / "marker").read_text() == "next"
+
+
+# Kills at any step: of the system calls that change folders, the process does so many, and no more.
+KILLED = """
+import os, sys
+from pathlib import Path
+from gemma2_keras.checkpoints import guard
+
+folder, steps = sys.argv[1], int(sys.argv[2])
+
+def counted(function):
+    def call(*arguments, **options):
+        global steps
+        if steps == 0:
+            os._exit(9)
+        steps -= 1
+        return function(*arguments, **options)
+    return call
+
+guard._flush = counted(guard._flush)
+Path.rename = counted(Path.rename)
+guard.shutil.rmtree = counted(guard.shutil.rmtree)
+with guard.replacing_folder(folder, "marker", lambda name: name != "notes") as beside:
+    (beside / "marker").write_text("new")
+"""
+
+
+def killed_after(steps: int, folder: Path) -> int:
+    arguments = [sys.executable, "-c", KILLED, str(folder), str(steps)]
+    return subprocess.run(arguments, cwd=REPOSITORY, timeout=60).returncode
+
+
+# The file and its folder are flushed; old away, new in its place, notes back, old removed; the parent is flushed.
+@pytest.mark.parametrize("steps", range(7))
+@pytest.mark.parametrize("then", ["load", "save", "load and save"])
+def test_whatever_a_kill_leaves_is_put_in_order(tmp_path, steps, then):
+    target = tmp_path / "sa[v]ed"
+    write(target, "old")
+    (target / "notes").write_text("mine")
+    assert killed_after(steps, target) == 9
+    if "load" in then:
+        restore_folder(target)
+        assert (target / "marker").read_text() == ("old" if steps < 3 else "new")
+    if "save" in then:
+        with replacing_folder(target, "marker", lambda name: name != "notes") as beside:
+            (beside / "marker").write_text("next")
+        assert {path.name: path.read_text() for path in target.iterdir()} == {"marker": "next", "notes": "mine"}
+        assert [path.name for path in tmp_path.iterdir()] == ["sa[v]ed"]
+
+
+def test_what_others_are_writing_is_left_alone(tmp_path):
+    with replacing_folder(tmp_path / "saved", "marker", lambda name: True) as slow:
+        (slow / "marker").write_text("slow")
+        write(tmp_path / "saved", "quick")
+        # Of another folder, or made by hand.
+        (tmp_path / ".saved.more.0123abcd.saving").mkdir()
+        (tmp_path / ".saved.keep").mkdir()
+        assert slow.is_dir()
+        restore_folder(tmp_path / "saved")
+        assert (tmp_path / "saved" / "marker").read_text() == "quick"
+    # The last one wins.
+    assert (tmp_path / "saved" / "marker").read_text() == "slow"
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"saved", ".saved.more.0123abcd.saving", ".saved.keep"}
+
+
+def test_many_who_save_to_one_folder_leave_one_whole_folder(tmp_path):
+    def save(content: str) -> None:
+        with replacing_folder(tmp_path / "saved", "marker", lambda name: True) as beside:
+            (beside / "other").write_text(content)
+            (beside / "marker").write_text(content)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(save, map(str, range(40))))
+    found = {path.name: path.read_text() for path in (tmp_path / "saved").iterdir()}
+    assert set(found) == {"marker", "other"}
+    assert len(set(found.values())) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_what_was_put_there_meanwhile_is_refused_and_left_alone(tmp_path):
+    def save() -> None:
+        with replacing_folder(tmp_path / "saved", "marker", lambda name: True) as beside:
+            (beside / "marker").write_text("new")
+            _folder_of_another(tmp_path / "saved")
+
+    with pytest.raises(FileExistsError, match="is no saved preset"):
+        save()
+    assert [path.name for path in tmp_path.rglob("*")] == ["saved", "thesis.txt"]
+
+
+def test_without_locks_folders_are_saved_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    (tmp_path / ".saved.0123abcd.saving").mkdir()
+    write(tmp_path / "saved", "old")
+    write(tmp_path / "saved", "new")
+    assert (tmp_path / "saved" / "marker").read_text() == "new"
+    # Nobody knows whether it is still written.
+    assert {path.name for path in tmp_path.iterdir()} == {"saved", ".saved.0123abcd.saving"}
 
 
 @pytest.mark.parametrize(

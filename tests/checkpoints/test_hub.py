@@ -34,6 +34,14 @@ def test_a_folder_is_taken_as_it_is(folder):
     assert resolve("./mine") == resolve("mine") == Path("mine")
 
 
+@pytest.mark.parametrize("name", ["", " ", "\n"])
+def test_an_empty_name_is_not_the_current_folder(folder, monkeypatch, name):
+    monkeypatch.chdir(folder)
+    with pytest.raises(PresetError, match="`preset` is empty: give a name"):
+        resolve(name)
+    assert resolve(".") == Path(".")
+
+
 def test_a_name_of_the_catalogue_comes_before_a_folder_of_that_name(folder, monkeypatch):
     folder.rename("gemma2_2b_en")
     asked = []

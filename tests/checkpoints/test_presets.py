@@ -1,11 +1,14 @@
 """Parts of a preset saved one by one, as KerasHub's users do."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import transformers
 from keras import ops
 
 from gemma2_keras import Gemma2Backbone, Gemma2CausalLM, Gemma2CausalLMPreprocessor, Gemma2Tokenizer
+from gemma2_keras.errors import PresetError
 from tests.preprocessing import tiny
 
 
@@ -66,6 +69,23 @@ def test_what_the_user_keeps_in_the_folder_stays(model, tmp_path):
     assert (tmp_path / "preset" / "notes.txt").read_text() == "mine"
     for folder in ("preset", "preset/epoch1"):
         assert Gemma2CausalLM.from_preset(tmp_path / folder).preprocessor is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["preset"]
+
+
+@pytest.mark.once
+def test_what_a_killed_save_has_moved_away_is_found_again(model, tmp_path, monkeypatch):
+    left = tmp_path / ".preset.0123abcd.old"
+    model.save_to_preset(left)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(PermissionError("read-only")))
+        with pytest.raises(PresetError, match="killed before its end, and what it left cannot be renamed"):
+            Gemma2CausalLM.from_preset(tmp_path / "preset")
+    monkeypatch.chdir(tmp_path)
+    assert Gemma2CausalLM.from_preset("preset").preprocessor is not None
+    # A part that is saved alone finds the others, too.
+    (tmp_path / "preset").rename(left)
+    model.preprocessor.tokenizer.save_to_preset(tmp_path / "preset")
+    assert Gemma2CausalLM.from_preset(tmp_path / "preset").count_params() == model.count_params()
     assert [path.name for path in tmp_path.iterdir()] == ["preset"]
 
 

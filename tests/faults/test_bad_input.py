@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from gemma2_keras import Gemma2CausalLM
+from gemma2_keras import Gemma2CausalLM, NextTokenLoss
 from gemma2_keras.errors import InputError
 from gemma2_keras.generation.sampling import Sampling
 from tests.preprocessing import tiny
@@ -266,21 +266,104 @@ def test_what_a_processor_gives_is_checked(model):
         return logits * float("nan")
 
     for processor, message in (
-        (halved, r"Logits processor halved must return logits of shape \(1, 560\); it gave \(1, 280\)"),
-        (undefined, "Logits processor undefined returned logits that are no numbers"),
-        (lambda ids, logits: None, "Logits processor <lambda>"),
+        (halved, r"Logits processor halved must return logits of shape \(1, 560\); it gave shape \(1, 280\)"),
+        (undefined, "Logits processor undefined returned NaN in row 0"),
+        (lambda ids, logits: None, "Logits processor <lambda> .* it gave nothing: does it lack a `return`"),
+        (lambda ids, logits: "the", r"<lambda> must return logits of shape \(1, 560\) as an array; it gave str"),
+        (lambda ids, logits: [logits[0], [1.0]], "<lambda> must return logits .* it gave list"),
+        (lambda ids, logits: {}, "<lambda> must return logits .* it gave dict"),
+        (lambda ids, logits: logits[0], r"<lambda> must return logits of shape \(1, 560\); it gave shape \(560,\)"),
     ):
         with pytest.raises(InputError, match=message):
             model.generate("The cat", max_new_tokens=2, logits_processors=[processor])
 
 
-def test_a_processor_that_excludes_everything_still_gives_a_token(model):
-    def nothing(ids, logits):
-        return np.full_like(logits, -np.inf)
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [(-np.inf, "-inf for every token"), (np.inf, "inf for every token"), (NO_NUMBER, "NaN"), (-3e38, "-inf for every")],
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.0, "top_p": 0.5, "typical_p": 0.5}], ids=["greedy", "random"]
+)
+def test_a_processor_that_leaves_no_choice_is_named_with_its_row(model, value, what, options):
+    def fill(ids, logits):
+        # The second row alone, and once it has made a token.
+        logits[1] = value if len(ids[1]) > length else logits[1]
+        return logits
 
-    for options in ({}, {"temperature": 1.0, "top_p": 0.5, "typical_p": 0.5}):
-        options = {"max_new_tokens": 2, "logits_processors": [nothing], "return_stats": True, **options}
-        assert model.generate("The cat", **options)[1].new_tokens in (1, 2)
+    prompts, length = ["The cat", "The dog sat"], len(model.preprocessor.tokenizer.encode("The dog sat")) + 1
+    for processors in ([fill], [lambda ids, logits: logits, fill, lambda ids, logits: logits]):
+        with pytest.raises(InputError, match=f"Logits processor fill returned {what}.* in row 1, from which no token"):
+            model.generate(prompts, max_new_tokens=4, logits_processors=processors, stop_token_ids=None, **options)
+
+
+def test_a_processor_may_leave_one_token_or_force_one(model):
+    def only(ids, logits):
+        return np.where(np.arange(logits.shape[1]) == 500, 0.0, -np.inf)[None]
+
+    def forced(ids, logits):
+        return np.where(np.arange(logits.shape[1]) == 500, np.inf, logits)
+
+    expected = model.preprocessor.tokenizer.decode([500] * 3)
+    for processor in (only, forced):
+        for options in ({}, {"temperature": 1.0, "top_p": 0.9}):
+            made = model.generate("The cat", max_new_tokens=3, logits_processors=[processor], **options)
+            assert made == f"The cat{expected}"
+    with pytest.raises(InputError, match="`logits_processors` and `forbidden_tokens` together leave no token"):
+        model.generate("The cat", max_new_tokens=3, logits_processors=[only], forbidden_tokens=[500])
+
+
+def test_of_a_row_that_has_ended_nothing_is_asked(model):
+    def ends_the_first(ids, logits):
+        forced = np.full_like(logits, -np.inf)
+        forced[0, 1] = 0.0 if len(ids[0]) == length else NO_NUMBER
+        forced[1, 500] = 0.0
+        return forced
+
+    length = len(model.preprocessor.tokenizer.encode("The cat")) + 1
+    texts = model.generate(["The cat", "The dog"], max_new_tokens=4, logits_processors=[ends_the_first])
+    assert texts == ["The cat", "The dog" + model.preprocessor.tokenizer.decode([500] * 4)]
+
+
+@pytest.mark.parametrize("value", [NO_NUMBER, INFINITE, -INFINITE])
+@pytest.mark.parametrize(
+    "kind", [np.asarray, lambda x: x.tolist(), ops.convert_to_tensor], ids=["array", "list", "tensor"]
+)
+def test_weights_that_are_no_numbers_are_refused(value, kind):
+    model = tiny.causal_lm(num_layers=1)
+    x = {"token_ids": np.repeat(IDS, 4, axis=0), "padding_mask": np.repeat(MASK, 4, axis=0)}
+    before = [np.array(ops.convert_to_numpy(w)) for w in model.weights]
+    weights = np.ones((4, 3), "float32")
+    weights[2, 1] = value
+    for options in (
+        {"sample_weight": kind(weights)},
+        {"sample_weight": kind(weights[:, 1])},
+        {"validation_data": (x, x["token_ids"], kind(weights))},
+    ):
+        with pytest.raises(InputError, match=r"`sample_weight` must be finite numbers; given -?(nan|inf) at \(2,"):
+            model.fit(x, x["token_ids"], verbose=0, **options)
+    with pytest.raises(InputError, match="`sample_weight` must be finite"):
+        model.evaluate(x, x["token_ids"], sample_weight=kind(weights), verbose=0)
+    for weight, old in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(weight), old)
+
+
+def test_weights_of_a_batch_are_looked_at(bare):
+    class Batches(keras.utils.PyDataset):
+        num_batches = 1
+
+        def __getitem__(self, index):
+            return {"token_ids": IDS, "padding_mask": MASK}, IDS, np.full(IDS.shape, NO_NUMBER)
+
+    with pytest.raises(InputError, match="`sample_weight` must be finite"):
+        bare.evaluate(Batches(), verbose=0)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("reduction", ["none", None])
+def test_a_loss_that_is_no_single_number_is_refused(bare, reduction):
+    with pytest.raises(ValueError, match=f"`loss` has the reduction {reduction!r}, a number for each token;"):
+        bare.compile(loss=NextTokenLoss(reduction=reduction))
 
 
 def test_options_for_text_are_refused_without_a_preprocessor(bare):

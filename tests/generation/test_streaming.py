@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import itertools
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -125,6 +130,44 @@ def test_a_stream_gives_strings_and_keeps_the_rest():
     assert (stream.text, stream.stats) == ("The cat", STATS)
     with pytest.raises(StopIteration):
         next(stream)
+
+
+def test_threads_that_read_one_stream_share_its_pieces():
+    def pieces():
+        for i in range(50):
+            time.sleep(0.001)
+            yield f"{i} "
+        yield STATS
+
+    stream = TextStream(pieces())
+    with ThreadPoolExecutor(4) as pool:
+        shares = list(pool.map(lambda _: list(stream), range(4)))
+    assert sorted(map(int, itertools.chain(*shares))) == list(range(50))
+    assert stream.text.split() == [str(i) for i in range(50)]
+    assert stream.stats is STATS
+
+
+def test_closing_waits_for_the_piece_that_is_made():
+    making, made = threading.Event(), threading.Event()
+
+    def pieces():
+        yield "first"
+        making.set()
+        assert made.wait(30)
+        yield "second"
+        yield "third"
+
+    stream = TextStream(pieces())
+    assert next(stream) == "first"
+    with ThreadPoolExecutor(2) as pool:
+        reader = pool.submit(next, stream)
+        assert making.wait(30)
+        closing = pool.submit(stream.close)
+        made.set()
+        assert reader.result(30) == "second"
+        closing.result(30)
+    assert list(stream) == []
+    assert stream.text == "firstsecond"
 
 
 def test_a_stream_prints_what_it_has_and_what_comes(capsys):

@@ -1,9 +1,17 @@
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import keras
+import keras_hub
+import numpy as np
 import pytest
 
 from gemma2_keras import Gemma2CausalLM
 from gemma2_keras.errors import InputError
+from gemma2_keras.generation.native import NativeModel
+from gemma2_keras.kernels import native
 from gemma2_keras.preprocessing.chat_template import encode_chat
 from tests.tasks.sharp import continued, saying, sharpened, spelling
 
@@ -354,6 +362,112 @@ def test_a_reply_that_fails_leaves_the_conversation_as_it_was(model, fresh, chat
     assert continued(fresh, [ids[:-MADE]], MADE) == [ids[-MADE:]]
 
 
+# Other weights
+
+
+def test_other_weights_read_the_conversation_anew():
+    model = sharpened(num_layers=1)
+    model.enable_lora(2)
+    random = np.random.default_rng(0)
+    for variable in model.trainable_variables:
+        variable.assign(random.normal(0, 1, variable.shape))
+    chat, fresh = model.chat(max_new_tokens=MADE), Gemma2CausalLM(model.backbone)
+
+    def turn(text):
+        """Whether all was read, for a reply that is that of a model which reads everything now."""
+        chat.send(text)
+        ids = held(chat)
+        assert continued(fresh, [ids[:-MADE]], MADE) == [ids[-MADE:]]
+        return chat.stats.prompt_tokens == len(ids) - MADE
+
+    assert turn("The cat")
+    assert not turn("The dog")
+    # Noticed where the task does not hear of it, too.
+    model.backbone.disable_adapter()
+    assert turn("7 +")
+    model.backbone.enable_adapter()
+    model.compile(keras.optimizers.SGD(0.5))
+    model.fit(["The cat sleeps."], verbose=0)
+    assert turn("log")
+    assert not turn("on")
+
+
+# Interrupts
+
+
+@pytest.mark.parametrize("path", ["kernels", "portable"])
+def test_after_an_interrupt_the_conversation_goes_on(monkeypatch, path):
+    if path == "portable":
+        monkeypatch.setattr("gemma2_keras.generation.session.is_supported", lambda backbone: False)
+    elif native.library() is None:
+        pytest.skip("no C++ compiler here")
+    model = sharpened(num_layers=1)
+    chat, fresh = model.chat(max_new_tokens=MADE), Gemma2CausalLM(model.backbone)
+    chat.send("The cat")
+    owner = NativeModel if path == "kernels" else model._engine
+    for name, counts in (("decode" if path == "kernels" else "burst", True), ("write", False)):
+        run = getattr(owner, name)
+
+        def interrupted(*arguments, run=run, **options):
+            # It has run, has taken over the memory of the cache, and its result is lost.
+            run(*arguments, **options)
+            raise KeyboardInterrupt
+
+        before = said(chat)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                chat.send("The dog")
+            with pytest.raises(KeyboardInterrupt):
+                model.generate("The dog", max_new_tokens=4)
+        # What was said before the interrupt is part of the conversation.
+        assert len(chat.messages) == len(before) + 2 * counts
+        before = said(chat)
+        chat.send("7 +")
+        ids = held(chat)
+        assert ids[:-MADE] == tokens(model, *before, user("7 +"))
+        assert continued(fresh, [ids[:-MADE]], MADE) == [ids[-MADE:]]
+
+
+# Threads
+
+
+def test_turns_that_threads_send_follow_one_another(model, fresh):
+    chat = model.chat(max_new_tokens=12)
+    alone = {text: model.chat(max_new_tokens=12).send(text) for text in ("7", "log")}
+    assert len(set(alone.values())) == 2
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(chat.send, ["7", "log"]))
+    users, replies = chat.messages[::2], chat.messages[1::2]
+    assert sorted(message["content"] for message in users) == ["7", "log"]
+    assert sorted(message["content"] for message in replies) == sorted(answers)
+    # Whole turns: the first as if it were alone, the second behind it.
+    assert replies[0]["content"] == alone[users[0]["content"]]
+    ids = held(chat)
+    assert ids[:-12] == tokens(model, *chat.messages[:3])
+    assert continued(fresh, [ids[:-12]], 12) == [ids[-12:]]
+
+
+def test_a_turn_ends_the_reply_that_another_thread_reads(model, chat):
+    reached, go_on = threading.Event(), threading.Event()
+
+    def waits(ids, logits):
+        reached.set()
+        assert go_on.wait(30)
+        return logits
+
+    stream = chat.stream("The cat", max_new_tokens=30, logits_processors=[waits])
+    with ThreadPoolExecutor(2) as pool:
+        reader = pool.submit(next, stream)
+        assert reached.wait(30)
+        sender = pool.submit(chat.send, "The dog")
+        go_on.set()
+        piece, answer = reader.result(30), sender.result(30)
+    assert list(stream) == []
+    assert chat.messages == [user("The cat"), reply(stream.text), user("The dog"), reply(answer)]
+    assert stream.text.startswith(piece)
+
+
 # What is refused
 
 
@@ -370,11 +484,34 @@ def test_a_reply_that_fails_leaves_the_conversation_as_it_was(model, fresh, chat
         ({"max_length": 10.0}, "`max_length` must be"),
         ({"max_length": True}, "`max_length` must be"),
         ({"max_length": "60"}, "`max_length` must be"),
+        ({"max_length": 12}, "`max_length`, 12, leaves no room for any turn: the shortest message has .* needs 3"),
+        ({"max_new_tokens": 192}, "`max_length`, 192, leaves no room .* needs 192.* lower `max_new_tokens`"),
+        ({"system": "Be kind. " * 40}, "leaves no room .* message with the system text .* or shorten `system`"),
+        ({"temperature": float("nan")}, "`temperature` must be"),
+        ({"stop": ""}, "`stop` must be"),
+        ({"seed": -1}, "`seed` must be"),
+        ({"stop_token_ids": [10**6]}, "`stop_token_ids` must lie between"),
+        ({"forbidden_tokens": [10**6]}, "`forbidden_tokens` takes ids"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` must be"),
     ],
 )
 def test_a_conversation_that_cannot_be_is_refused(model, options, message):
     with pytest.raises(InputError, match=message):
         model.chat(**options)
+
+
+def test_an_unknown_option_of_a_conversation_is_refused(model):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
+        model.chat(temprature=1)
+
+
+def test_beginning_a_conversation_draws_nothing(model):
+    other = Gemma2CausalLM(model.backbone, model.preprocessor)
+    other.compile(sampler=keras_hub.samplers.RandomSampler(seed=3, temperature=1.5))
+    expected = other.generate("The cat", max_new_tokens=MADE)
+    other.compile(sampler=keras_hub.samplers.RandomSampler(seed=3, temperature=1.5))
+    other.chat()
+    assert other.generate("The cat", max_new_tokens=MADE) == expected
 
 
 @pytest.mark.parametrize("text", ["", " \n", None, 5, ["The cat"], b"The cat"])
