@@ -53,7 +53,8 @@ def problem(seed, tokens, width, vocabulary, dtype="float32"):
     weights = random.choice([0.0, 0.0, 0.3, 1.0, 2.0], tokens)
     weights[0] = 1.0
     return (
-        ops.convert_to_tensor(random.normal(size=(tokens, width)), dtype),
+        # Logits of one size for any width: where the cap is reached, words would come first by chance.
+        ops.convert_to_tensor(random.normal(size=(tokens, width)) * (5 / width) ** 0.5, dtype),
         ops.convert_to_tensor(random.normal(size=(vocabulary, width)), dtype),
         ops.convert_to_tensor(random.integers(0, vocabulary, tokens), "int32"),
         ops.convert_to_tensor(weights, "float32"),
