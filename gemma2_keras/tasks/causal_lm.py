@@ -14,9 +14,11 @@ from gemma2_keras.checkpoints import presets as preset_files
 from gemma2_keras.errors import InputError
 from gemma2_keras.models.gemma2_backbone import Gemma2Backbone
 from gemma2_keras.models.inputs import check_ids, check_token_inputs, is_traced
-from gemma2_keras.preprocessing.causal_lm_preprocessor import Gemma2CausalLMPreprocessor, is_tokenized
+from gemma2_keras.preprocessing.causal_lm_preprocessor import Gemma2CausalLMPreprocessor
+from gemma2_keras.preprocessing.records import is_tokenized
 from gemma2_keras.tasks.adapters import AdapterTask
 from gemma2_keras.tasks.data import preprocessed
+from gemma2_keras.tasks.sources import StreamBatches
 from gemma2_keras.tasks.token_training import TokenTraining
 
 _SAMPLERS = ("beam", "contrastive", "greedy", "random", "top_k", "top_p")
@@ -177,8 +179,11 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
         """Train, as `keras.Model.fit`, on text or on tokenized data.
 
         Args:
-            x: strings, `{"prompts": …, "responses": …}`, tokenized arrays, a `tf.data.Dataset`, a
-                `keras.utils.PyDataset`, a torch `DataLoader` or another iterator of batches of them.
+            x: strings, `{"prompts": …, "responses": …}`, conversations `{"messages": …}`, a list of records, all as
+                `Gemma2CausalLMPreprocessor` takes them, or tokenized arrays; or a `tf.data.Dataset`, a
+                `keras.utils.PyDataset`, a torch `DataLoader`, a Hugging Face `Dataset` or `IterableDataset`, a
+                `MapDataset`, `IterDataset` or `DataLoader` of grain, or another iterator of them. Without
+                `steps_per_epoch`, an `IterableDataset` and grain's are read whole before the first step.
             y: labels, only beside tokenized arrays.
             batch_size: examples in a step; 32 by default.
             sample_weight: weights, only beside tokenized arrays.
@@ -189,10 +194,27 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
             `keras.callbacks.History`.
         """
         self.notice_adapters()
-        x, y, sample_weight = preprocessed(self.preprocess_samples, x, y, sample_weight)
+        x, y, sample_weight = preprocessed(
+            self.preprocess_samples,
+            x,
+            y,
+            sample_weight,
+            batch_size=batch_size,
+            steps=kwargs.get("steps_per_epoch"),
+            shuffle=bool(kwargs.get("shuffle", True)),
+        )
+        if isinstance(x, StreamBatches):
+            # Keras would warn that it cannot.
+            kwargs["shuffle"] = False
         if validation_data is not None:
             parts = validation_data if isinstance(validation_data, tuple) else (validation_data,)
-            validation_data = keras.utils.pack_x_y_sample_weight(*preprocessed(self.preprocess_samples, *parts))
+            prepared = preprocessed(
+                self.preprocess_samples,
+                *parts,
+                batch_size=kwargs.get("validation_batch_size") or batch_size,
+                steps=kwargs.get("validation_steps"),
+            )
+            validation_data = keras.utils.pack_x_y_sample_weight(*prepared)
         return keras.Model.fit(
             self, x, y, batch_size, sample_weight=sample_weight, validation_data=validation_data, **kwargs
         )
@@ -202,13 +224,15 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
         self.notice_adapters()
         # Validation within `fit` comes through here with data that is prepared already.
         if not kwargs.get("_use_cached_eval_dataset"):
-            x, y, sample_weight = preprocessed(self.preprocess_samples, x, y, sample_weight)
+            x, y, sample_weight = preprocessed(
+                self.preprocess_samples, x, y, sample_weight, batch_size=batch_size, steps=kwargs.get("steps")
+            )
         return keras.Model.evaluate(self, x, y, batch_size, sample_weight=sample_weight, **kwargs)
 
     def predict(self, x=None, batch_size=None, **kwargs):
         """(B, T, V) logits, as `keras.Model.predict`, of what `fit` takes."""
         self.notice_adapters()
-        x, _, _ = preprocessed(self.preprocess_samples, x)
+        x, _, _ = preprocessed(self.preprocess_samples, x, batch_size=batch_size, steps=kwargs.get("steps"))
         return keras.Model.predict(self, x, batch_size, **kwargs)
 
     def score(
