@@ -147,7 +147,10 @@ def texts_of(x: Any, what: str) -> tuple[list[str], bool]:
         raise InputError(f"`{what}` is empty: give at least one string.")
     for i, text in enumerate(texts):
         if not isinstance(text, str):
-            raise InputError(f"`{what}` must be a string or a list of strings; number {i} is {shown(text)}.")
+            raise InputError(
+                f"`{what}` must be a string or a list of strings; given {shown(texts)}, of which number {i} is "
+                f"{shown(text)}."
+            )
         if not text:
             raise InputError(
                 f"`{what}` {i} is an empty string: give it at least one character. To let a model begin on its own, "

@@ -28,7 +28,8 @@ _SAMPLERS = ("beam", "contrastive", "greedy", "random", "top_k", "top_p")
 class Gemma2CausalLM(AdapterTask, TokenTraining):
     """Gemma 2 with its output projection: `fit` on text, `generate` text, as `keras_hub.models.CausalLM`.
 
-    Called on `{"token_ids": (B, T) int32, "padding_mask": (B, T)}` it returns (B, T, V) float32 logits.
+    Called on `{"token_ids": (B, T) int32, "padding_mask": (B, T)}` it returns (B, T, V) float32 logits. As for the
+    backbone, 0 in the mask is padding, and other numbers tell examples that are packed into a row apart.
 
     Args:
         backbone: a `Gemma2Backbone`.
@@ -164,7 +165,8 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
     def preprocess_samples(self, x, y=None, sample_weight=None):
         """Text to `(x, y, sample_weight)`; tokenized data as it is, once its ids are checked."""
         if self.preprocessor is not None and not is_tokenized(x):
-            return self.preprocessor(x, y=y, sample_weight=sample_weight)
+            # Not by `__call__`, for which Keras goes through every text, and repeats all of them in an error.
+            return self.preprocessor.call(x, y=y, sample_weight=sample_weight)
         if not is_tokenized(x):
             raise InputError(
                 'Without a preprocessor, data must be {"token_ids": …, "padding_mask": …} with labels `y`; '
@@ -242,7 +244,7 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
 
         Args:
             token_ids: (B, T) int tokens.
-            padding_mask: (B, T); all true by default.
+            padding_mask: (B, T), whose numbers tell packed examples apart; all true by default.
             scoring_mode: `"logits"`, or `"loss"` for the cross-entropy of `target_ids`.
             layer_intercept_fn: called as `fn(x, i)` with the (B, T, D) scaled embeddings and i = -1, then with each
                 decoder block's output and i = 0, 1, …; what it returns takes the place of `x`.

@@ -68,12 +68,13 @@ def preprocessed(
         return _preprocessed_loader(x, preprocess), None, None
     if isinstance(x, Iterator):
         return _batches(batches_of(x, size), preprocess), None, None
+    example = preprocess(x, y, sample_weight)
     if is_example(x):
         raise InputError(
             "Give texts as a list, `[text]` for a single one; a file is read before it is given, JSON lines by "
             "`gemma2_keras.training.read_jsonl`."
         )
-    return keras.utils.unpack_x_y_sample_weight(preprocess(x, y, sample_weight))
+    return keras.utils.unpack_x_y_sample_weight(example)
 
 
 class PreprocessedDataset(keras.utils.PyDataset):

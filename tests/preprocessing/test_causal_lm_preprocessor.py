@@ -165,7 +165,7 @@ def test_records_and_columns_give_the_same(preprocessor, records, columns):
         ([{"text": "The"}, "The"], "Example 1 is no record, as others are: given 'The'"),
         (["The", {"text": "The"}], "Example 0 is no record"),
         ([{"text": "The"}, {"txt": "cat"}], r"Example 1 needs the key .*given \['txt'\]"),
-        ([{"text": "The"}, {"text": None}], "`text` must be a string or a list of strings; number 1 is None"),
+        ([{"text": "The"}, {"text": None}], "`text` must be a string or a list of strings; given .* number 1 is None"),
         ([{"text": "The"}, {"text": ["cat"]}], r"number 1 is \['cat'\]"),
         ([{"text": "The"}, {"text": ""}], "`text` 1 is an empty string"),
         ([{"prompt": "The", "response": "cat"}, {"prompt": "The"}], r"Example 1 needs .*given \['prompt'\]"),
