@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from gemma2_keras.ops.masks import causal_mask, positions_from_mask
+from gemma2_keras.ops.masks import causal_mask, positions_from_mask, segment_mask
 from gemma2_keras.ops.rotary import rotary_tables
 
 
@@ -68,9 +68,12 @@ class SequenceContext(keras.layers.Layer):
         self.window = window
 
     def call(self, padding_mask):
-        """(B, T) padding mask -> `StepContext`."""
-        positions = positions_from_mask(padding_mask)
-        return self.of_positions(positions, positions, positions)
+        """(B, T) padding mask, whose numbers tell packed examples apart -> `StepContext`."""
+        seen = segment_mask(padding_mask)
+        positions = positions_from_mask(seen)
+        cosine, sine = rotary_tables(positions, self.head_dim, self.max_wavelength)
+        near = positions[:, :, None] - positions[:, None, :] < self.window
+        return StepContext(cosine, sine, seen, ops.logical_and(seen, near))
 
     def of_positions(self, positions, global_key_positions, local_key_positions) -> StepContext:
         """The context of queries at `positions` (B, T) over keys at the given (B, S) and (B, S') positions."""

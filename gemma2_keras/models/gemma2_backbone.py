@@ -29,7 +29,8 @@ class Gemma2Backbone(Adaptable, keras_hub.models.Backbone):
     """Gemma 2 as a Keras functional model: token ids to hidden states.
 
     Called on `{"token_ids": (B, T) int32, "padding_mask": (B, T)}`, with 1 or true at real tokens and padding anywhere,
-    it returns the (B, T, D) hidden states after the last norm, in the compute dtype.
+    it returns the (B, T, D) hidden states after the last norm, in the compute dtype. A row can hold several examples:
+    tokens with 1, 2, 3, … in the mask see those of their own number alone, and the positions of each begin at 0.
 
     Args:
         vocabulary_size: rows of the embedding table.

@@ -1,15 +1,38 @@
-"""Positions and attention masks, each made once per step from the padding mask."""
+"""Attention masks and positions, each made once per step from the padding mask."""
 
 from keras import ops
 
 PADDING = -1
 
 
-def positions_from_mask(padding_mask):
-    """Number the real tokens of each row 0, 1, 2, …; padding, wherever it stands, is -1.
+def segment_mask(padding_mask):
+    """Which tokens each token may see: those of its own example, itself and earlier.
 
     Args:
-        padding_mask: (B, T) tensor, true or 1 at real tokens.
+        padding_mask: (B, T) tensor, 0 at padding, wherever it stands. Its other numbers tell the examples packed into a
+            row apart; true counts as 1.
+
+    Returns:
+        (B, T, T) bool tensor.
+
+    Example:
+
+    >>> import numpy as np
+    >>> np.asarray(segment_mask(np.array([[1, 1, 0, 2]])))[0].astype(int).tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
+    """
+    segments = ops.cast(padding_mask, "int32")
+    index = ops.arange(ops.shape(segments)[1])
+    real = ops.not_equal(segments, 0)[:, None, :]
+    own = ops.equal(segments[:, :, None], segments[:, None, :])
+    return ops.logical_and(ops.logical_and(own, real), index[:, None] >= index)
+
+
+def positions_from_mask(seen):
+    """Number the tokens of each example 0, 1, 2, …; padding is -1.
+
+    Args:
+        seen: (B, T, T) bool tensor, as `segment_mask` makes it.
 
     Returns:
         (B, T) int32 tensor.
@@ -17,12 +40,10 @@ def positions_from_mask(padding_mask):
     Example:
 
     >>> import numpy as np
-    >>> np.asarray(positions_from_mask(np.array([[0, 1, 1, 0]]))).tolist()
-    [[-1, 0, 1, -1]]
+    >>> np.asarray(positions_from_mask(segment_mask(np.array([[0, 1, 1, 0, 1, 2, 2]])))).tolist()
+    [[-1, 0, 1, -1, 2, 0, 1]]
     """
-    real = ops.cast(padding_mask, "bool")
-    count = ops.cumsum(ops.cast(real, "int32"), axis=1)
-    return ops.where(real, count - 1, PADDING)
+    return ops.sum(ops.cast(seen, "int32"), axis=-1) - 1
 
 
 def causal_mask(query_positions, key_positions, window=None):

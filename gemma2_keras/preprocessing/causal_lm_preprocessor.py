@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import keras
 import keras_hub
@@ -12,8 +14,23 @@ import numpy as np
 
 from gemma2_keras.errors import InputError
 from gemma2_keras.models.gemma2_backbone import Gemma2Backbone
+from gemma2_keras.preprocessing.chat_template import encode_chat_example
 from gemma2_keras.preprocessing.inputs import is_graph_tensor, to_python
+from gemma2_keras.preprocessing.records import columns_of, is_tokenized, texts_of
+from gemma2_keras.preprocessing.token_view import TokenView
 from gemma2_keras.preprocessing.tokenizer import Gemma2Tokenizer
+
+
+class EncodedExample(NamedTuple):
+    """One example as tokens, as long as it is.
+
+    Attributes:
+        token_ids: the tokens, start and end included.
+        counted: for each of them, whether the loss counts it.
+    """
+
+    token_ids: list[int]
+    counted: list[bool]
 
 
 @keras.saving.register_keras_serializable(package="gemma2_keras")
@@ -21,9 +38,10 @@ class Gemma2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     """Tokenize, pad and label text, with NumPy and sentencepiece alone.
 
     Called, it makes `(x, y, sample_weight)` for training; `generate_preprocess` and `generate_postprocess` serve
-    `generate`. It works on strings, lists and arrays of them, on `{"prompts": …, "responses": …}` (the loss then counts
-    the responses alone), and inside `tf.data.Dataset.map`. Data that is tokenized already, a dictionary with
-    `"token_ids"`, passes through.
+    `generate`. It works on strings, lists and arrays of them; on `{"prompts": …, "responses": …}`, of which the loss
+    counts the responses alone; on conversations, `{"messages": […]}`, of which it counts what the model says; on lists
+    of records, such as `[{"text": …}, …]`; and, conversations excepted, inside `tf.data.Dataset.map`. `show` shows what
+    counts. Data that is tokenized already, a dictionary with `"token_ids"`, passes through.
 
     Args:
         tokenizer: a `Gemma2Tokenizer`.
@@ -65,7 +83,10 @@ class Gemma2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         """Text to `(x, y, sample_weight)` for training.
 
         Args:
-            x: text, or `{"prompts": …, "responses": …}`, or data tokenized already.
+            x: a string or a list of them; a dictionary of columns, `"text"`, `"prompts"` and `"responses"`, or
+                `"messages"`; a list of records `{"text": …}`, `{"prompt": …, "response": …}` (or `"completion"`), or
+                `{"messages": …}`, all of one kind; or data tokenized already. `"messages"` are lists of `{"role": …,
+                "content": …}`, as `encode_chat` takes them. Keys of other names are left aside.
             y: labels, only beside tokenized data: text makes its own.
             sample_weight: weights, likewise.
             sequence_length: overrides the constructor's.
@@ -73,34 +94,50 @@ class Gemma2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         Returns:
             x: `{"token_ids": (B, L) int32, "padding_mask": (B, L) bool}`.
             y: (B, L) int32, the same tokens one position on.
-            sample_weight: (B, L) float32, 1 where `y` counts and 0 where it is padding or part of a prompt.
+            sample_weight: (B, L) float32, 1 where `y` counts and 0 where it is padding, part of a prompt, or of a
+                conversation what the model does not say.
             A single text gives arrays without the axis B.
+
+        Raises:
+            InputError: if there is no text, one is empty, kinds are mixed, or roles are out of order; it says which
+                example.
         """
         if is_tokenized(x):
             return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
         if y is not None or sample_weight is not None:
             raise InputError("`y` and `sample_weight` are made from the text: give `x` alone, or tokenized data.")
-        length = self._length(sequence_length)
+        length = self.resolved_length(sequence_length)
         leaves = keras.tree.flatten(x)
         if any(is_graph_tensor(leaf) for leaf in leaves):
             return self._call_in_graph(x, length)
         return self._call_eagerly(x, length)
 
     def _call_eagerly(self, x: Any, length: int):
-        rows, counted_from, single = self._training_rows(x)
+        encoded, single = self.encode_examples(x)
+        examples = list(encoded)
         # One token more than asked: inputs drop the last, labels the first.
-        token_ids, mask, cut = self._packed(rows, length + 1, self.add_end_token)
-        if cut:
+        cut = [self._cut(example, length + 1) for example in examples]
+        longer = sum(len(example.token_ids) > length + 1 for example in examples)
+        if longer:
             warnings.warn(
-                f"{cut} of {len(rows)} texts were cut to `sequence_length={length}` tokens; raise it to keep all.",
+                f"{longer} of {len(examples)} texts were cut to `sequence_length={length}` tokens; raise it to keep "
+                "all.",
                 stacklevel=4,
             )
-        weight = mask & (np.arange(length + 1) >= np.asarray(counted_from)[:, None])
+        token_ids, mask = self._padded([example.token_ids for example in cut], length + 1)
+        weight = np.zeros(token_ids.shape, "float32")
+        for row, example in zip(weight, cut, strict=True):
+            row[: len(example.counted)] = example.counted
         inputs = {"token_ids": token_ids[:, :-1], "padding_mask": mask[:, :-1]}
-        example = (inputs, token_ids[:, 1:], weight[:, 1:].astype("float32"))
-        return keras.tree.map_structure(lambda a: a[0], example) if single else example
+        made = (inputs, token_ids[:, 1:], weight[:, 1:])
+        return keras.tree.map_structure(lambda a: a[0], made) if single else made
 
     def _call_in_graph(self, x: Any, length: int):
+        if isinstance(x, dict) and "messages" in x:
+            raise InputError(
+                "Conversations do not go through `tf.data`: give `fit` the list of them, or tokens that "
+                "`gemma2_keras.training.prepare` makes."
+            )
         tensorflow = sys.modules["tensorflow"]
         leaves = keras.tree.flatten(x)
 
@@ -130,7 +167,7 @@ class Gemma2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         Raises:
             InputError: if a prompt is empty or has more than `sequence_length` tokens.
         """
-        length = self._length(sequence_length)
+        length = self.resolved_length(sequence_length)
         rows, single = self.encode_prompts(x)
         for i, row in enumerate(rows):
             if len(row) > length:
@@ -138,7 +175,7 @@ class Gemma2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
                     f"Prompt {i} has {len(row)} tokens, more than the {length} allowed. "
                     "Shorten it, or raise `sequence_length` (for `generate`: `max_length`)."
                 )
-        token_ids, mask, _ = self._packed(rows, length, add_end=False)
+        token_ids, mask = self._padded(rows, length)
         return {"token_ids": token_ids[0] if single else token_ids, "padding_mask": mask[0] if single else mask}
 
     def generate_postprocess(self, x: dict[str, Any]) -> Any:
@@ -173,27 +210,75 @@ class Gemma2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             if "prompts" not in x:
                 raise InputError(f'A dictionary of prompts needs the key "prompts"; given {sorted(x)}.')
             x = x["prompts"]
-        texts, single = _texts(x, "prompts")
+        texts, single = texts_of(x, "prompts")
         return [self._start() + ids for ids in self.tokenizer.encode(texts)], single
 
-    def _training_rows(self, x: Any) -> tuple[list[list[int]], list[int], bool]:
-        if not isinstance(x, dict):
-            texts, single = _texts(x, "texts")
-            return [self._start() + ids for ids in self.tokenizer.encode(texts)], [0] * len(texts), single
-        if set(x) != {"prompts", "responses"}:
-            raise InputError(f'A dictionary of texts needs the keys "prompts" and "responses"; given {sorted(x)}.')
-        prompts, single = _texts(x["prompts"], "prompts")
-        responses, one_response = _texts(x["responses"], "responses")
-        if single != one_response:
-            raise InputError("`prompts` and `responses` must both be a string, or both be lists.")
-        if len(prompts) != len(responses):
-            raise InputError(f"`prompts` and `responses` must be as many; given {len(prompts)} and {len(responses)}.")
-        heads = [self._start() + ids for ids in self.tokenizer.encode(prompts)]
-        tails = self.tokenizer.encode(responses)
-        rows = [head + tail for head, tail in zip(heads, tails, strict=True)]
-        return rows, [len(head) for head in heads], single
+    def encode_examples(self, x: Any) -> tuple[Iterator[EncodedExample], bool]:
+        """Training text to tokens, as long as each example is.
 
-    def _length(self, sequence_length: int | None) -> int:
+        Args:
+            x: text, as `call` takes it.
+
+        Returns:
+            The examples, each made when it is asked for, and whether a single one was given.
+
+        Raises:
+            InputError: as `call`.
+        """
+        columns, single = columns_of(x)
+        return self._each_encoded(columns), single
+
+    def _each_encoded(self, columns: dict[str, list]) -> Iterator[EncodedExample]:
+        for i, row in enumerate(zip(*columns.values(), strict=True)):
+            with _numbered(i):
+                yield self._encoded(columns, row)
+
+    def _encoded(self, columns: Any, row: tuple) -> EncodedExample:
+        if "messages" in columns:
+            return EncodedExample(*encode_chat_example(self.tokenizer, row[0]))
+        head = self._start()
+        if "prompt" in columns:
+            head += self.tokenizer.encode(row[0])
+        tail = self.tokenizer.encode(row[-1]) + [self.tokenizer.end_token_id] * self.add_end_token
+        # The start token is nothing to predict.
+        return EncodedExample(head + tail, [False] * len(head) + [True] * len(tail))
+
+    def _cut(self, example: EncodedExample, length: int) -> EncodedExample:
+        """The beginning of an example; as in KerasHub, a text that is cut still ends with the end token."""
+        token_ids, counted = example
+        if len(token_ids) > length and self.add_end_token and token_ids[-1] == self.tokenizer.end_token_id:
+            return EncodedExample([*token_ids[: length - 1], token_ids[-1]], [*counted[: length - 1], counted[-1]])
+        return EncodedExample(token_ids[:length], counted[:length])
+
+    def show(self, x: Any) -> TokenView:
+        """What an example is as tokens, and what of it the loss counts, to look at.
+
+        Args:
+            x: one example: a string, `{"text": …}`, `{"prompt": …, "response": …}` or `{"messages": …}`.
+
+        Returns:
+            A `TokenView`: printed, what counts stands between `⟦` and `⟧`; in a notebook it is highlighted.
+
+        Raises:
+            InputError: if `x` is no single example, or not one to learn from.
+
+        Example:
+
+        >>> preprocessor = Gemma2CausalLMPreprocessor.from_preset("gemma2_tiny_en")
+        >>> preprocessor.show({"prompt": "The cat", "response": " sleeps."})
+        <bos>The cat⟦ sleeps.<eos>⟧
+        """
+        examples, single = self.encode_examples(x)
+        if not single:
+            raise InputError("`show` takes one example: give `x[0]` of a list, or `{…}` with one text for each key.")
+        return TokenView(self.tokenizer, *next(examples))
+
+    def resolved_length(self, sequence_length: int | None) -> int:
+        """The length asked for, or the constructor's with `None`.
+
+        Raises:
+            InputError: if it is no whole number of at least 1.
+        """
         if sequence_length is None:
             return self.sequence_length
         if (
@@ -207,17 +292,14 @@ class Gemma2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     def _start(self) -> list[int]:
         return [self.tokenizer.start_token_id] if self.add_start_token else []
 
-    def _packed(self, rows: list[list[int]], length: int, add_end: bool) -> tuple[np.ndarray, np.ndarray, int]:
-        """Rows padded on the right or cut to `length`, their mask, and how many were cut."""
+    def _padded(self, rows: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows padded on the right to `length`, and their mask."""
         token_ids = np.full((len(rows), length), self.tokenizer.pad_token_id, "int32")
         mask = np.zeros((len(rows), length), "bool")
-        room = length - add_end
         for i, row in enumerate(rows):
-            # As in KerasHub, a text that is cut still ends with the end token.
-            kept = row[:room] + [self.tokenizer.end_token_id] * add_end
-            token_ids[i, : len(kept)] = kept
-            mask[i, : len(kept)] = True
-        return token_ids, mask, sum(len(row) > room for row in rows)
+            token_ids[i, : len(row)] = row
+            mask[i, : len(row)] = True
+        return token_ids, mask
 
     @classmethod
     def from_preset(cls, preset, **kwargs):
@@ -242,28 +324,10 @@ class Gemma2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         save_preset(preset_dir, tokenizer=self.tokenizer, preprocessor=self, keep=True)
 
 
-def is_tokenized(x: Any) -> bool:
-    """Whether `x` is data that went through a preprocessor already."""
-    return isinstance(x, dict) and "token_ids" in x
-
-
-def _texts(x: Any, what: str) -> tuple[list[str], bool]:
-    x = to_python(x)
-    single = isinstance(x, str)
-    texts = [x] if single else x
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"`{what}` must be a string or a list of strings; given {_short(x)}.")
-    if not texts:
-        raise InputError(f"`{what}` is empty: give at least one string.")
-    for i, text in enumerate(texts):
-        if not text:
-            raise InputError(
-                f"`{what}` {i} is an empty string: give it at least one character. To let a model begin on its own, "
-                "generate from token ids that hold the start token alone."
-            )
-    return texts, single
-
-
-def _short(x: Any) -> str:
-    shown = repr(x)
-    return shown if len(shown) <= 80 else f"{shown[:77]}…"
+@contextlib.contextmanager
+def _numbered(i: int) -> Iterator[None]:
+    """Say which example it is that cannot be taken."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"Example {i}: {error}") from error

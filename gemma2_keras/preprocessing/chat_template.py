@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gemma2_keras.errors import InputError
+from gemma2_keras.preprocessing.records import shown
 from gemma2_keras.preprocessing.tokenizer import Gemma2Tokenizer
 
 Message = Mapping[str, str]
@@ -45,6 +46,37 @@ def encode_chat(tokenizer: Gemma2Tokenizer, messages: Sequence[Message], reply: 
     return ids + begin_reply(tokenizer) if reply else ids
 
 
+def encode_chat_example(tokenizer: Gemma2Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    """A conversation to learn from.
+
+    Args:
+        tokenizer: as `encode_chat` takes it.
+        messages: likewise.
+
+    Returns:
+        The ids that `encode_chat(…, reply=False)` gives, and which of them the loss counts: what the model says in each
+        of its turns, with the `<end_of_turn>` behind it.
+
+    Raises:
+        InputError: as `encode_chat`.
+
+    >>> tokenizer = Gemma2Tokenizer.from_preset("gemma2_tiny_en")
+    >>> messages = [{"role": "user", "content": "Hello"}, {"role": "model", "content": "Aye!"}]
+    >>> ids, counted = encode_chat_example(tokenizer, messages)
+    >>> tokenizer.decode([i for i, counts in zip(ids, counted, strict=True) if counts])
+    'Aye!<end_of_turn>'
+    """
+    require_turns(tokenizer)
+    ids, counted = [tokenizer.start_token_id], [False]
+    before, behind = len(begin_reply(tokenizer)), len(end_turn(tokenizer)) - 1
+    for role, content in turns(messages):
+        turn = encode_turn(tokenizer, role, content)
+        said = len(turn) - before - behind
+        ids += turn
+        counted += [False] * before + [True] * said + [False] * behind if role == "model" else [False] * len(turn)
+    return ids, counted
+
+
 def require_turns(tokenizer: Gemma2Tokenizer) -> None:
     """Refuse a vocabulary that cannot write conversations."""
     if tokenizer.start_of_turn_id is None or tokenizer.end_of_turn_id is None:
@@ -76,7 +108,9 @@ def turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
         InputError: as `encode_chat`.
     """
     if not isinstance(messages, list | tuple) or not messages:
-        raise InputError(f'Messages are a list of {{"role": …, "content": …}} with at least one; given {messages!r}.')
+        raise InputError(
+            f'Messages are a list of {{"role": …, "content": …}} with at least one; given {shown(messages)}.'
+        )
     found: list[tuple[str, str]] = []
     system = ""
     for i, message in enumerate(messages):
@@ -97,11 +131,11 @@ def turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
 
 def _checked(i: int, message: Any) -> tuple[str, str]:
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-        raise InputError(f'Message {i} must be {{"role": …, "content": …}}; given {message!r}.')
+        raise InputError(f'Message {i} must be {{"role": …, "content": …}}; given {shown(message)}.')
     role, content = message["role"], message["content"]
     role = "model" if role == "assistant" else role
     if role not in ("system", "user", "model"):
-        raise InputError(f"Message {i} has the role {role!r}; allowed are 'system', 'user' and 'model'.")
+        raise InputError(f"Message {i} has the role {shown(role)}; allowed are 'system', 'user' and 'model'.")
     if not isinstance(content, str) or not content.strip():
-        raise InputError(f"Message {i} needs text as its content; given {content!r}.")
+        raise InputError(f"Message {i} needs text as its content; given {shown(content)}.")
     return role, content

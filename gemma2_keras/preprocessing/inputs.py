@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,9 @@ def to_python(x: Any) -> Any:
         return to_python(ops.convert_to_numpy(x))
     if hasattr(x, "numpy"):
         return to_python(x.numpy())
+    if isinstance(x, Sequence):
+        # A column of a Hugging Face dataset.
+        return [to_python(item) for item in x]
     return x
 
 

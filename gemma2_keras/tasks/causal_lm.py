@@ -14,9 +14,11 @@ from gemma2_keras.checkpoints import presets as preset_files
 from gemma2_keras.errors import InputError
 from gemma2_keras.models.gemma2_backbone import Gemma2Backbone
 from gemma2_keras.models.inputs import check_ids, check_token_inputs, check_weights, is_traced
-from gemma2_keras.preprocessing.causal_lm_preprocessor import Gemma2CausalLMPreprocessor, is_tokenized
+from gemma2_keras.preprocessing.causal_lm_preprocessor import Gemma2CausalLMPreprocessor
+from gemma2_keras.preprocessing.records import is_tokenized
 from gemma2_keras.tasks.adapters import AdapterTask
 from gemma2_keras.tasks.data import preprocessed
+from gemma2_keras.tasks.sources import StreamBatches
 from gemma2_keras.tasks.token_training import TokenTraining
 
 _SAMPLERS = ("beam", "contrastive", "greedy", "random", "top_k", "top_p")
@@ -26,7 +28,8 @@ _SAMPLERS = ("beam", "contrastive", "greedy", "random", "top_k", "top_p")
 class Gemma2CausalLM(AdapterTask, TokenTraining):
     """Gemma 2 with its output projection: `fit` on text, `generate` text, as `keras_hub.models.CausalLM`.
 
-    Called on `{"token_ids": (B, T) int32, "padding_mask": (B, T)}` it returns (B, T, V) float32 logits.
+    Called on `{"token_ids": (B, T) int32, "padding_mask": (B, T)}` it returns (B, T, V) float32 logits. As for the
+    backbone, 0 in the mask is padding, and other numbers tell examples that are packed into a row apart.
 
     Args:
         backbone: a `Gemma2Backbone`.
@@ -163,7 +166,8 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
     def preprocess_samples(self, x, y=None, sample_weight=None):
         """Text to `(x, y, sample_weight)`; tokenized data as it is, once its ids are checked."""
         if self.preprocessor is not None and not is_tokenized(x):
-            return self.preprocessor(x, y=y, sample_weight=sample_weight)
+            # Not by `__call__`, for which Keras goes through every text, and repeats all of them in an error.
+            return self.preprocessor.call(x, y=y, sample_weight=sample_weight)
         if not is_tokenized(x):
             raise InputError(
                 'Without a preprocessor, data must be {"token_ids": …, "padding_mask": …} with labels `y`; '
@@ -179,8 +183,11 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
         """Train, as `keras.Model.fit`, on text or on tokenized data.
 
         Args:
-            x: strings, `{"prompts": …, "responses": …}`, tokenized arrays, a `tf.data.Dataset`, a
-                `keras.utils.PyDataset`, a torch `DataLoader` or another iterator of batches of them.
+            x: strings, `{"prompts": …, "responses": …}`, conversations `{"messages": …}`, a list of records, all as
+                `Gemma2CausalLMPreprocessor` takes them, or tokenized arrays; or a `tf.data.Dataset`, a
+                `keras.utils.PyDataset`, a torch `DataLoader`, a Hugging Face `Dataset` or `IterableDataset`, a
+                `MapDataset`, `IterDataset` or `DataLoader` of grain, or another iterator of them. Without
+                `steps_per_epoch`, an `IterableDataset` and grain's are read whole before the first step.
             y: labels, only beside tokenized arrays.
             batch_size: examples in a step; 32 by default.
             sample_weight: finite weights, only beside tokenized arrays.
@@ -191,10 +198,27 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
             `keras.callbacks.History`.
         """
         self.notice_adapters()
-        x, y, sample_weight = preprocessed(self.preprocess_samples, x, y, sample_weight)
+        x, y, sample_weight = preprocessed(
+            self.preprocess_samples,
+            x,
+            y,
+            sample_weight,
+            batch_size=batch_size,
+            steps=kwargs.get("steps_per_epoch"),
+            shuffle=bool(kwargs.get("shuffle", True)),
+        )
+        if isinstance(x, StreamBatches):
+            # Keras would warn that it cannot.
+            kwargs["shuffle"] = False
         if validation_data is not None:
             parts = validation_data if isinstance(validation_data, tuple) else (validation_data,)
-            validation_data = keras.utils.pack_x_y_sample_weight(*preprocessed(self.preprocess_samples, *parts))
+            prepared = preprocessed(
+                self.preprocess_samples,
+                *parts,
+                batch_size=kwargs.get("validation_batch_size") or batch_size,
+                steps=kwargs.get("validation_steps"),
+            )
+            validation_data = keras.utils.pack_x_y_sample_weight(*prepared)
         return keras.Model.fit(
             self, x, y, batch_size, sample_weight=sample_weight, validation_data=validation_data, **kwargs
         )
@@ -204,13 +228,15 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
         self.notice_adapters()
         # Validation within `fit` comes through here with data that is prepared already.
         if not kwargs.get("_use_cached_eval_dataset"):
-            x, y, sample_weight = preprocessed(self.preprocess_samples, x, y, sample_weight)
+            x, y, sample_weight = preprocessed(
+                self.preprocess_samples, x, y, sample_weight, batch_size=batch_size, steps=kwargs.get("steps")
+            )
         return keras.Model.evaluate(self, x, y, batch_size, sample_weight=sample_weight, **kwargs)
 
     def predict(self, x=None, batch_size=None, **kwargs):
         """(B, T, V) logits, as `keras.Model.predict`, of what `fit` takes."""
         self.notice_adapters()
-        x, _, _ = preprocessed(self.preprocess_samples, x)
+        x, _, _ = preprocessed(self.preprocess_samples, x, batch_size=batch_size, steps=kwargs.get("steps"))
         return keras.Model.predict(self, x, batch_size, **kwargs)
 
     def score(
@@ -220,7 +246,7 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
 
         Args:
             token_ids: (B, T) int tokens.
-            padding_mask: (B, T); all true by default.
+            padding_mask: (B, T), whose numbers tell packed examples apart; all true by default.
             scoring_mode: `"logits"`, or `"loss"` for the cross-entropy of `target_ids`.
             layer_intercept_fn: called as `fn(x, i)` with the (B, T, D) scaled embeddings and i = -1, then with each
                 decoder block's output and i = 0, 1, …; what it returns takes the place of `x`.

@@ -2,45 +2,78 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
 from gemma2_keras.errors import InputError
+from gemma2_keras.preprocessing.records import is_example
+from gemma2_keras.tasks.sources import (
+    BATCH_SIZE,
+    Preprocess,
+    StreamBatches,
+    TableBatches,
+    batches_of,
+    is_from,
+    is_stream,
+    is_table,
+    unpacked,
+    whole,
+)
 
-Preprocess = Callable[[Any, Any, Any], Any]
 
-
-def preprocessed(preprocess: Preprocess, x: Any, y: Any = None, sample_weight: Any = None) -> tuple[Any, Any, Any]:
+def preprocessed(
+    preprocess: Preprocess,
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    *,
+    batch_size: int | None = None,
+    steps: int | None = None,
+    shuffle: bool = False,
+) -> tuple[Any, Any, Any]:
     """Apply `preprocess` to whatever `fit` is given.
 
     Args:
         preprocess: takes and gives `(x, y, sample_weight)`.
-        x: text, arrays, a `tf.data.Dataset`, a `keras.utils.PyDataset`, a torch `DataLoader`, or another iterator of
-            batches, each `x`, `(x, y)` or `(x, y, sample_weight)`.
+        x: text, records, arrays, a `tf.data.Dataset`, a `keras.utils.PyDataset`, a torch `DataLoader`, a dataset of
+            Hugging Face or of grain, or another iterator, of examples or of batches, each `x`, `(x, y)` or
+            `(x, y, sample_weight)`.
         y: labels beside arrays.
         sample_weight: weights beside arrays.
+        batch_size: how many examples make a batch where single ones come; 32 by default.
+        steps: batches of an epoch, where asked for.
+        shuffle: whether a dataset that can be read in any order is.
 
     Returns:
-        `(x, y, sample_weight)` for `keras.Model.fit`. Text and arrays are preprocessed at once, the others by batch.
+        `(x, y, sample_weight)` for `keras.Model.fit`. Text and arrays are preprocessed at once, the others by batch; of
+        those that do not say how long they are, datasets of Hugging Face and of grain are read at once, too, unless
+        `steps` are given.
 
     Raises:
         InputError: if `x` is a single text.
     """
+    size = BATCH_SIZE if batch_size is None else batch_size
     if isinstance(x, keras.utils.PyDataset):
         return PreprocessedDataset(x, preprocess), None, None
-    if _is_from("tensorflow", x, "data.Dataset"):
-        return x.map(lambda *batch: preprocess(*_unpacked(batch)), num_parallel_calls=2).prefetch(1), None, None
-    if _is_from("torch", x, "utils.data.DataLoader"):
+    if is_table(x):
+        return TableBatches(x, preprocess, size, shuffle), None, None
+    if is_stream(x):
+        return whole(x, preprocess) if steps is None else (StreamBatches(x, preprocess, size), None, None)
+    if is_from("tensorflow", x, "data.Dataset"):
+        return x.map(lambda *batch: preprocess(*unpacked(batch)), num_parallel_calls=2).prefetch(1), None, None
+    if is_from("torch", x, "utils.data.DataLoader"):
         return _preprocessed_loader(x, preprocess), None, None
     if isinstance(x, Iterator):
-        return _batches(x, preprocess), None, None
+        return _batches(batches_of(x, size), preprocess), None, None
     example = preprocess(x, y, sample_weight)
-    if any(isinstance(text, str) for text in (x.values() if isinstance(x, dict) else [x])):
-        raise InputError("Give texts as a list, `[text]` for a single one; a file is read before it is given.")
+    if is_example(x):
+        raise InputError(
+            "Give texts as a list, `[text]` for a single one; a file is read before it is given, JSON lines by "
+            "`gemma2_keras.training.read_jsonl`."
+        )
     return keras.utils.unpack_x_y_sample_weight(example)
 
 
@@ -64,7 +97,7 @@ class PreprocessedDataset(keras.utils.PyDataset):
 
     def __getitem__(self, index: int) -> Any:
         """One batch."""
-        return self._preprocess(*_unpacked(self._dataset[index]))
+        return self._preprocess(*unpacked(self._dataset[index]))
 
     def on_epoch_begin(self) -> None:
         """Tell the dataset."""
@@ -95,16 +128,4 @@ def _preprocessed_loader(loader: Any, preprocess: Preprocess) -> Any:
 def _batches(batches: Any, preprocess: Preprocess) -> Iterator[Any]:
     for batch in batches:
         # A DataLoader stacks strings into a list, or pairs of a dictionary into a dictionary of lists.
-        yield keras.tree.map_structure(np.asarray, preprocess(*_unpacked(batch)))
-
-
-def _unpacked(batch: Any) -> tuple[Any, Any, Any]:
-    return keras.utils.unpack_x_y_sample_weight(batch) if isinstance(batch, tuple) else (batch, None, None)
-
-
-def _is_from(library: str, x: Any, path: str) -> bool:
-    """Whether `x` is of a class of a library, which is not imported for the question."""
-    found: Any = sys.modules.get(library)
-    for name in path.split("."):
-        found = getattr(found, name, None)
-    return found is not None and isinstance(x, found)
+        yield keras.tree.map_structure(np.asarray, preprocess(*unpacked(batch)))

@@ -129,7 +129,7 @@ def test_a_single_text_is_no_data(model, data):
         ({"prompts": ["a", "b"], "responses": ["c"]}, "as many; given 2 and 1"),
         ({"prompts": ["a"]}, 'needs the keys "prompts" and "responses"'),
         ({"prompts": ["a"], "responses": [""]}, "`responses` 0 is an empty string"),
-        ({"text": ["a"]}, "needs the key"),
+        ({"content": ["a"]}, "needs the key"),
     ],
 )
 def test_bad_prompts_and_responses_are_refused(model, pairs, message):

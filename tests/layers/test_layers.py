@@ -299,6 +299,20 @@ def test_context_masks_padding_the_future_and_what_left_the_window():
     np.testing.assert_allclose(array(context.sine)[0, :, 0, 0], np.sin([0, 0, 1, 2, 0]), rtol=1e-6)
 
 
+def test_context_keeps_packed_examples_apart():
+    """Each example of a row has what it has in a row of its own, padding inside and between examples or not."""
+    packed = context_of([[3, 3, 0, 3, 7, 7, 0, 7, 7]], window=2)
+    for example, length in (([0, 1, 3], 3), ([4, 5, 7, 8], 4)):
+        alone = context_of([[1] * length], window=2)
+        for name in ("global_mask", "local_mask"):
+            found = array(getattr(packed, name))[0][example]
+            np.testing.assert_array_equal(found[:, example], array(getattr(alone, name))[0])
+            assert found.sum() == array(getattr(alone, name)).sum()
+        for name in ("cosine", "sine"):
+            np.testing.assert_array_equal(array(getattr(packed, name))[0, example], array(getattr(alone, name))[0])
+    assert not array(packed.global_mask)[0, [2, 6]].any()
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_context_is_float32_under_every_policy(policy):
     context = context_of([[1, 1]], dtype=policy)

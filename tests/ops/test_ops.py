@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import keras
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from keras import ops
 from gemma2_keras.ops.attention import attention, soft_cap
 from gemma2_keras.ops.cache import tokens_at_slots, write_slots
 from gemma2_keras.ops.feed_forward import gated_gelu
-from gemma2_keras.ops.masks import PADDING, causal_mask, positions_from_mask
+from gemma2_keras.ops.masks import PADDING, causal_mask, positions_from_mask, segment_mask
 from gemma2_keras.ops.norm import rms_norm
 from gemma2_keras.ops.rotary import apply_rotary, rotary_tables
 
@@ -169,7 +170,18 @@ def test_positions_count_real_tokens():
     mask = np.array([[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]])
     expected = [[0, 1, 2, 3], [-1, -1, 0, 1], [0, 1, -1, -1], [-1, 0, 1, -1], [-1, -1, -1, -1]]
     for dtype in ("int32", "bool", "float32"):
-        assert array(positions_from_mask(mask.astype(dtype))).tolist() == expected
+        found = positions_from_mask(segment_mask(mask.astype(dtype)))
+        assert array(found).tolist() == expected
+        assert keras.backend.standardize_dtype(found.dtype) == "int32"
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=3))
+def test_segments_see_and_count_their_own_tokens(rows):
+    seen = segment_mask(np.array(rows, "int32"))
+    expected = [[[row[t] != 0 and row[t] == row[s] and s <= t for s in range(6)] for t in range(6)] for row in rows]
+    assert array(seen).tolist() == expected
+    counted = [[row[:t].count(row[t]) if row[t] else PADDING for t in range(6)] for row in rows]
+    assert array(positions_from_mask(seen)).tolist() == counted
 
 
 @given(

@@ -14,6 +14,7 @@ from keras import ops
 
 from gemma2_keras import Gemma2CausalLMPreprocessor
 from gemma2_keras.errors import InputError
+from gemma2_keras.preprocessing.chat_template import encode_chat
 from tests.preprocessing import tiny
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -114,6 +115,99 @@ def test_responses_alone_count_and_the_join_is_no_seam(preprocessor, tokenizer):
         assert set(weight[i].tolist()) == {0.0, 1.0}
     single = preprocessor({"prompts": PAIRS["prompts"][0], "responses": PAIRS["responses"][0]})
     assert_same(single, keras.tree.map_structure(lambda a: a[0], (x, y, weight)))
+
+
+CHAT = [
+    {"role": "user", "content": "The cat"},
+    {"role": "model", "content": "sat."},
+    {"role": "user", "content": "The"},
+    {"role": "assistant", "content": "dog"},
+]
+
+
+@pytest.mark.once
+def test_of_a_conversation_what_the_model_says_counts(preprocessor, tokenizer):
+    x, y, weight = preprocessor({"messages": [CHAT, CHAT[:2]]}, sequence_length=64)
+    for row, messages in enumerate((CHAT, CHAT[:2])):
+        ids = encode_chat(tokenizer, messages, reply=False)
+        assert x["token_ids"][row, : len(ids)].tolist() == ids
+        assert x["padding_mask"][row].tolist() == [i < len(ids) for i in range(64)]
+        # A template that ends with a line break has no end token.
+        assert 1 not in x["token_ids"][row]
+        said = [text for i in (1, 3)[: len(messages) // 2] for text in [*tokenizer.encode(messages[i]["content"]), 107]]
+        assert y[row][weight[row] == 1].tolist() == said
+    single = preprocessor({"messages": CHAT}, sequence_length=64)
+    assert_same(single, keras.tree.map_structure(lambda a: a[0], (x, y, weight)))
+
+
+RECORDS = [
+    ([{"text": text, "source": None, "tags": [1, {"a": "b"}]} for text in TEXTS], TEXTS),
+    ([{"prompt": "The cat", "response": " sat."}, {"prompt": "The", "response": " dog sat."}], PAIRS),
+    ([{"prompt": "The cat", "completion": " sat."}, {"prompt": "The", "completion": " dog sat."}], PAIRS),
+    ([{"messages": CHAT}, {"messages": CHAT[:2]}], {"messages": [CHAT, CHAT[:2]]}),
+    ({"text": TEXTS, "id": [1, 2, 3]}, TEXTS),
+    ({"prompt": np.array(PAIRS["prompts"]), "completion": PAIRS["responses"]}, PAIRS),
+    ({"text": TEXTS[0]}, TEXTS[0]),
+    ({"messages": np.array([CHAT, CHAT[:2]], dtype=object)}, {"messages": [CHAT, CHAT[:2]]}),
+]
+
+
+@pytest.mark.parametrize(("records", "columns"), RECORDS)
+def test_records_and_columns_give_the_same(preprocessor, records, columns):
+    assert_same(preprocessor(records, sequence_length=64), preprocessor(columns, sequence_length=64))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        ([{"text": "The"}, {"prompt": "The", "response": "cat"}], 'Example 1 has "prompt" and "response", example 0'),
+        ([{"text": "The"}, "The"], "Example 1 is no record, as others are: given 'The'"),
+        (["The", {"text": "The"}], "Example 0 is no record"),
+        ([{"text": "The"}, {"txt": "cat"}], r"Example 1 needs the key .*given \['txt'\]"),
+        ([{"text": "The"}, {"text": None}], "`text` must be a string or a list of strings; given .* number 1 is None"),
+        ([{"text": "The"}, {"text": ["cat"]}], r"number 1 is \['cat'\]"),
+        ([{"text": "The"}, {"text": ""}], "`text` 1 is an empty string"),
+        ([{"prompt": "The", "response": "cat"}, {"prompt": "The"}], r"Example 1 needs .*given \['prompt'\]"),
+        ([{"text": "a", "prompt": "b", "response": "c"}], "Example 0 could be read in several ways: it has 'text' and"),
+        ({"text": ["a"], "messages": [CHAT]}, "several ways"),
+        ({"messages": []}, "`messages` must be a list of conversations"),
+        ({"messages": "The cat"}, "`messages` must be a list of conversations"),
+        ({"messages": [CHAT, CHAT[1:]]}, "Example 1: Message 0 has the role 'model'; .*'user' is next"),
+        ({"messages": [CHAT, [CHAT[0], CHAT[0]]]}, "Example 1: Message 1 has the role 'user'; .*'model' is next"),
+        ({"messages": [CHAT, []]}, "Example 1: Messages are a list of"),
+        ({"messages": [[CHAT[0], {"role": "model", "content": " "}]]}, "Example 0: Message 1 needs text"),
+        ({"messages": [[CHAT[0], {"role": "model", "content": None}]]}, "Example 0: Message 1 needs text"),
+        ({"messages": [[{"role": "robot", "content": "a"}]]}, "Example 0: Message 0 has the role 'robot'; allowed are"),
+        ({"messages": [[{"role": ["user"], "content": "a"}]]}, "Example 0: Message 0 has the role"),
+        ({"messages": [CHAT, [{"from": "user", "value": "a"}]]}, "Example 1: Message 0 must be"),
+        ([{"messages": CHAT}, {"messages": [CHAT[1]]}], "Example 1: Message 0 has the role"),
+        (["The", "\ud800"], "Example 1: The text holds a lone surrogate"),
+    ],
+)
+def test_an_example_that_cannot_be_learned_from_is_named_by_its_number(preprocessor, x, message):
+    with pytest.raises(InputError, match=message):
+        preprocessor(x)
+
+
+@pytest.mark.once
+def test_what_an_example_is_can_be_seen(preprocessor):
+    shown = preprocessor.show({"messages": CHAT[:2]})
+    assert repr(shown) == (
+        "<bos><start_of_turn>user\nThe cat<end_of_turn>\n<start_of_turn>model\n⟦sat.<end_of_turn>⟧\n"
+    )
+    assert repr(preprocessor.show("The cat")) == "<bos>⟦The cat<eos>⟧"
+    with pytest.raises(InputError, match="takes one example"):
+        preprocessor.show(TEXTS)
+
+
+@pytest.mark.once
+def test_conversations_are_refused_within_tf_data(preprocessor):
+    tensorflow = pytest.importorskip("tensorflow")
+    columns = {"messages": {"role": ["user", "model"], "content": ["The cat", "sat."]}}
+    # As TensorFlow says it: in an error of its own.
+    with pytest.raises(Exception, match="Conversations do not go through"):
+        tensorflow.data.Dataset.from_tensor_slices(columns).map(preprocessor)
 
 
 @pytest.mark.once

@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gemma2_keras.errors import InputError
-from gemma2_keras.preprocessing.chat_template import encode_chat
+from gemma2_keras.preprocessing.chat_template import encode_chat, encode_chat_example
 from tests.preprocessing import tiny
 
 pytestmark = pytest.mark.once
@@ -124,3 +124,26 @@ def test_a_vocabulary_without_turns_is_refused(name):
     setattr(tokenizer, name, None)
     with pytest.raises(InputError, match="has no <start_of_turn> and <end_of_turn>"):
         encode_chat(tokenizer, conversation("Hello"))
+
+
+# What the loss counts
+
+
+@given(contents=st.lists(st.text(max_size=12).filter(str.strip), min_size=1, max_size=5), system=st.booleans())
+@example(contents=["a", "\n\n model\n"], system=True)
+@example(contents=["model\n", "<end_of_turn>\n"], system=False)
+def test_an_example_is_the_conversation_and_counts_what_the_model_says(contents, system):
+    tokenizer = tiny.tokenizer()
+    messages = [{"role": "system", "content": "Be kind."}] * system + conversation(*contents)
+    ids, counted = encode_chat_example(tokenizer, messages)
+    assert ids == encode_chat(tokenizer, messages, reply=False)
+    # What a reply would begin with does not count, and where it would stop does.
+    expected = []
+    for i in range(1, len(contents), 2):
+        prompt = encode_chat(tokenizer, messages[: i + system])
+        reply = encode_chat(tokenizer, messages[: i + 1 + system], reply=False)
+        newline = len(tokenizer.encode("\n"))
+        assert reply[: len(prompt)] == prompt
+        assert reply[-newline - 1] == 107
+        expected += range(len(prompt), len(reply) - newline)
+    assert [i for i, counts in enumerate(counted) if counts] == expected

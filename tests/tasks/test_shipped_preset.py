@@ -91,10 +91,16 @@ MODULES = [
     "models.gemma2_backbone",
     "preprocessing.causal_lm_preprocessor",
     "preprocessing.chat_template",
+    "preprocessing.records",
+    "preprocessing.token_view",
     "preprocessing.tokenizer",
     "tasks.adapters",
     "tasks.causal_lm",
+    "tasks.sources",
     "tasks.text_generation",
+    "training.jsonl",
+    "training.packing",
+    "training.preparation",
 ]
 
 
