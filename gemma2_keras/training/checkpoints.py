@@ -84,8 +84,8 @@ class RunCheckpoints(keras.callbacks.Callback):
         # What is restored, until `fit` has reset metrics, and made its iterator, which on PyTorch draws a number.
         self._metrics: list[np.ndarray] = []
         self._random: list[np.ndarray] = []
-        # As it was when the last step of an epoch had been made.
-        self._random_of_step: list[Any] = []
+        # As it was when the validation of the epoch began, which is done again.
+        self._random_before_test: list[Any] = []
         self._results: dict[str, float] = {}
         self._written: Position | None = None
         self._written_at = 0.0
@@ -136,7 +136,7 @@ class RunCheckpoints(keras.callbacks.Callback):
             OSError: if it cannot be written; the earlier ones are then as they were.
         """
         if self.position != self._written:
-            random = _random_states() if self.open_results is None else self._random_of_step
+            random = _random_states() if self.open_results is None else self._random_before_test
             state = RunState(self.position, self._identity, _tensors(self.model, random), self._results)
             self.folder.write(state)
             self._written = self.position
@@ -169,11 +169,11 @@ class RunCheckpoints(keras.callbacks.Callback):
                 "`fit` for the others; `fine_tune` does both."
             )
         self._data.start_at(epoch, first)
-        if self._metrics:
+        if first and self._metrics:
             _assign_all(_metrics_of(self.model, len(self._metrics), self._data), self._metrics)
-            self._metrics = []
         if not first:
             self._set_random()
+        self._metrics = []
 
     def on_train_batch_begin(self, batch, logs=None) -> None:
         """Note that a step is under way."""
@@ -190,7 +190,10 @@ class RunCheckpoints(keras.callbacks.Callback):
             self._write_if_due()
         else:
             self._results = dict(logs or {})
-            self._random_of_step = _random_states()
+
+    def on_test_begin(self, logs=None) -> None:
+        """Note with which random state the validation of an epoch begins."""
+        self._random_before_test = _random_states()
 
     def on_epoch_end(self, epoch, logs=None) -> None:
         """Count the epoch, and write a checkpoint if one is due."""

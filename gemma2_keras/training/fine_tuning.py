@@ -235,7 +235,9 @@ class _Stop(keras.callbacks.Callback):
             signal.raise_signal(self._signal)
 
     def on_train_batch_end(self, batch, logs=None) -> None:
-        self._end_if_asked()
+        # Behind the last step of an epoch its validation begins first, or the epoch ends.
+        if batch + 1 < self.params["steps"]:
+            self._end_if_asked()
 
     def on_test_batch_end(self, batch, logs=None) -> None:
         self._end_if_asked()

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from gemma2_keras.checkpoints.guard import read_json, replacing_folder, some, write_json
+from gemma2_keras.checkpoints.guard import read_json, replacing_folder, write_json
 from gemma2_keras.errors import CheckpointError, InputError
 
 FORMAT = 1
@@ -194,10 +194,12 @@ def _check_identity(path: Path, found: dict[str, Any], asked: dict[str, Any]) ->
     differ = {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)}
     if not differ:
         return
-    first = min(differ)
+    parts = [part.replace("_", " ") for part in asked if any(name.partition(".")[0] == part for name in differ)]
+    # What both have tells most.
+    name = min(differ & ours.keys() & theirs.keys() or differ)
     raise InputError(
-        f"The run in {path} is of something else: {some(differ)} differ; {first!r} was {theirs.get(first)!r} and is "
-        f"{ours.get(first)!r}. Give what it was begun with, or another folder. Nothing was changed."
+        f"The run in {path} is of something else: its {', '.join(parts)} differ ({name!r} was {theirs.get(name)!r} and "
+        f"is {ours.get(name)!r}). Give what it was begun with, or another folder. Nothing was changed."
     )
 
 

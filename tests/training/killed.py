@@ -64,12 +64,11 @@ def run(folder: Path, callbacks=()) -> None:
     np.savez(folder / "weights.npz", *[ops.convert_to_numpy(v) for v in model.trainable_variables])
 
 
-# Each is prepared in the process that is to be killed. The fsyncs of one checkpoint are two files and two folders.
+# Behind a step; between the two files of a checkpoint; before a second checkpoint gets its name, in another epoch.
 ATTEMPTS = [
     lambda: [KillAt(4)],
     lambda: kill_at_call(guard, "_flush", 2),
     lambda: kill_at_call(Path, "rename", 2),
-    lambda: [KillAt(5)],
 ]
 
 
