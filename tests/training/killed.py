@@ -58,7 +58,7 @@ def kill_at_call(owner, name: str, calls: int) -> None:
 def run(folder: Path, callbacks=()) -> None:
     data = small.data()
     optimizer = adamw(data, epochs=EPOCHS, learning_rate=0.05, global_clipnorm=1.0, gradient_accumulation_steps=2)
-    model = small.model(optimizer=optimizer)
+    model = small.model(optimizer=optimizer, eager=True)
     options = {"validation_data": small.data(4, seed=5, shuffle=False), "every_steps": 2, "verbose": 0}
     fine_tune(model, data, epochs=EPOCHS, folder=folder, resume=True, callbacks=callbacks, **options)
     np.savez(folder / "weights.npz", *[ops.convert_to_numpy(v) for v in model.trainable_variables])

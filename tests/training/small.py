@@ -10,7 +10,8 @@ from gemma2_keras import Gemma2Backbone, Gemma2CausalLM, TokenDataset
 VOCABULARY = 31
 
 
-def model(lora: bool = True, dropout: float = 0.1, seed: int = 1, optimizer=None, dtype="float32") -> Gemma2CausalLM:
+def model(lora: bool = True, dropout: float = 0.1, seed: int = 1, optimizer=None, eager=False) -> Gemma2CausalLM:
+    """A compiled model; `eager` for few steps, where TensorFlow would take longer to trace them."""
     keras.utils.set_random_seed(seed)
     backbone = Gemma2Backbone(
         vocabulary_size=VOCABULARY,
@@ -22,15 +23,18 @@ def model(lora: bool = True, dropout: float = 0.1, seed: int = 1, optimizer=None
         head_dim=8,
         sliding_window_size=3,
         dropout=dropout,
-        dtype=dtype,
     )
     made = Gemma2CausalLM(backbone)
     if lora:
         made.enable_lora(2, dropout=dropout)
-    # Without XLA TensorFlow compiles little.
-    jit = keras.backend.backend() == "jax"
-    made.compile(keras.optimizers.Adam(0.02) if optimizer is None else optimizer, jit_compile=jit)
+    compile_small(made, keras.optimizers.Adam(0.02) if optimizer is None else optimizer, eager)
     return made
+
+
+def compile_small(model: Gemma2CausalLM, optimizer, eager: bool = False, **options) -> None:
+    # XLA compiles longer than so small a model trains.
+    is_jax = keras.backend.backend() == "jax"
+    model.compile(optimizer, jit_compile=is_jax, run_eagerly=eager and not is_jax, **options)
 
 
 def data(examples: int = 9, batch_size: int = 2, seed: int = 0, cls=TokenDataset, **options) -> TokenDataset:

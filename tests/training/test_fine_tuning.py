@@ -56,12 +56,18 @@ def whole(adapters):
     return run(adapters.fresh()), adapters.weights()
 
 
-@pytest.fixture
-def begun(adapters, tmp_path):
-    """A run that was interrupted behind its third step."""
+@pytest.fixture(scope="module")
+def interrupted(adapters, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interrupted")
     with pytest.raises(KeyboardInterrupt):
-        run(adapters.fresh(), tmp_path / "run", callbacks=[At(interrupt, 3)])
-    return tmp_path / "run"
+        run(adapters.fresh(), folder, callbacks=[At(interrupt, 3)])
+    return folder
+
+
+@pytest.fixture
+def begun(interrupted, tmp_path):
+    """A run that was interrupted behind its third step."""
+    return shutil.copytree(interrupted, tmp_path / "run")
 
 
 def assert_goes_on(runs, folder, whole, **options):
@@ -325,11 +331,9 @@ def test_metrics_on_logits_go_on(tmp_path):
 
     def made():
         model = small.model()
-        model.compile("sgd", weighted_metrics=["sparse_categorical_accuracy"], jit_compile=False)
+        small.compile_small(model, "sgd", eager=True, weighted_metrics=["sparse_categorical_accuracy"])
         return model
 
-    if keras.backend.backend() == "jax":
-        pytest.skip("Keras on JAX without compilation takes long, and its metrics are made before they are needed.")
     expected = run(made())
     with pytest.raises(KeyboardInterrupt):
         run(made(), tmp_path, callbacks=[At(interrupt, 3)])
