@@ -184,7 +184,9 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(adapters, begun, file, d
     else:
         middle = len(content) // 2
         changed = bytes([content[middle] ^ 1])
-        (newest / file).write_bytes(content[:middle] + (changed + content[middle + 1 :] if damage == "changed" else b""))
+        (newest / file).write_bytes(
+            content[:middle] + (changed + content[middle + 1 :] if damage == "changed" else b"")
+        )
     fresh = RunCheckpoints(begun, small.data(), resume=True)
     with pytest.warns(UserWarning, match="checkpoint-00000003.*The checkpoint before it is used, of step 2"):
         assert fresh.restore(adapters.fresh()) == (0, 2, 2)
