@@ -16,7 +16,7 @@ from gemma2_keras.training.run_folder import HISTORY_FILE
 
 
 def plot_history(history: Any, path: str | os.PathLike | None = None, title: str | None = None) -> Any:
-    """Draw the loss of each step and each epoch, in training and validation, and the perplexity.
+    """Draw the loss of each step and each epoch, in training and validation, and the perplexity of each epoch.
 
     Args:
         history: what `fine_tune` returned, a `keras.callbacks.History`, or the folder of a run, which may be under way.
@@ -39,7 +39,7 @@ def plot_history(history: Any, path: str | os.PathLike | None = None, title: str
     """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+        from matplotlib.ticker import MaxNLocator, StrMethodFormatter
     except ImportError as error:
         raise ImportError(
             'Pictures need matplotlib: pip install "gemma2-keras[plot]", or pip install matplotlib.'
@@ -57,7 +57,7 @@ def plot_history(history: Any, path: str | os.PathLike | None = None, title: str
     if not noted.steps and not noted.epochs:
         raise InputError("`history` has no step yet: there is nothing to draw.")
     by_epoch = noted.history
-    measured = [name for name in ("perplexity", "val_perplexity") if name in by_epoch]
+    measured = [name for name in ("perplexity", "val_perplexity") if len(by_epoch.get(name, ())) > 1]
     figure = Picture(figsize=(11 if measured else 7, 4), dpi=110, layout="constrained")
     all_axes: Any = figure.subplots(1, 2 if measured else 1, squeeze=False)[0]
     axes = all_axes[0]
@@ -82,6 +82,9 @@ def plot_history(history: Any, path: str | os.PathLike | None = None, title: str
             _plot_epochs(all_axes[1], noted, name, {epoch: epoch + 1 for epoch in ends}, label)
         all_axes[1].set(xlabel="epoch", ylabel="perplexity", yscale="log")
         all_axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        # Plain numbers, where matplotlib would write powers of ten.
+        all_axes[1].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        all_axes[1].yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
         all_axes[1].legend()
     if title is not None:
         figure.suptitle(title)

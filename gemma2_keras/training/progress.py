@@ -46,7 +46,8 @@ class TrainingProgress(keras.callbacks.ProgbarLogger):
         super().__init__()
         self._data = data
         self._epochs_of_run = epochs
-        self._begun_at = 0.0
+        self._begun_at = -1.0
+        self._shown_at = float("-inf")
         # How long a validation takes.
         self._validating = 0.0
 
@@ -55,12 +56,16 @@ class TrainingProgress(keras.callbacks.ProgbarLogger):
         super().set_params(params)
         self._total = params["epochs"] if self._epochs_of_run is None else self._epochs_of_run
 
+    def on_train_begin(self, logs=None) -> None:
+        """Note when the run began; `fit` may be called more than once for it."""
+        super().on_train_begin(logs)
+        if self._begun_at < 0:
+            self._begun_at = time.monotonic()
+
     def on_epoch_begin(self, epoch, logs=None) -> None:
         """Begin to measure anew: compiling or validating is no speed of training."""
         self._epoch = epoch
-        self._shown_at = float("-inf")
         self._columns = 0
-        self._begun_at = self._begun_at or time.monotonic()
         # Times, tokens since the epoch was taken up, and Keras' numbers of the last steps.
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=_STEPS_OF_SPEED)
         self._tokens = 0
