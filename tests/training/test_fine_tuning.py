@@ -113,6 +113,34 @@ def test_handlers_of_signals_come_back(adapters, begun):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_request_to_end_is_obeyed_behind_a_checkpoint(adapters, tmp_path):
+    found = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: found.append(checkpoints(tmp_path)))
+    try:
+        terminate = At(lambda: os.kill(os.getpid(), signal.SIGTERM), 3)
+        with pytest.raises(KeyboardInterrupt):
+            run(adapters.fresh(), tmp_path, callbacks=[terminate], validation_data=None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert found == [[2, 3]]
+
+
+def test_error_within_a_step_writes_nothing(adapters, tmp_path):
+    """On JAX the state of the step before is gone by then."""
+
+    class Fails(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            if batch == 3:
+                raise RuntimeError("within a step")
+
+    data = small.data()
+    written = RunCheckpoints(tmp_path, data, every_steps=2)
+    with pytest.raises(RuntimeError, match="within a step"):
+        adapters.fresh().fit(data, callbacks=[written, Fails()], shuffle=False, verbose=0)
+    assert not written.between_steps
+    assert checkpoints(tmp_path) == [0, 2]
+
+
 class Broken(TokenDataset):
     """Its fourth batch cannot be made, until it is mended."""
 
