@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from gemma2_keras.preprocessing.tokenizer import Gemma2Tokenizer, IncrementalDecoder
     from gemma2_keras.tasks.causal_lm import Gemma2CausalLM
     from gemma2_keras.tasks.next_token_loss import NextTokenLoss
+    from gemma2_keras.training.checkpoints import RunCheckpoints
+    from gemma2_keras.training.fine_tuning import fine_tune
+    from gemma2_keras.training.history import RunHistory, TrainingHistory
+    from gemma2_keras.training.optimizers import adamw
+    from gemma2_keras.training.plotting import plot_history
+    from gemma2_keras.training.progress import TrainingProgress
+    from gemma2_keras.training.token_dataset import TokenDataset
 
 __version__ = "0.1.0"
 
@@ -27,8 +34,16 @@ _HOMES = {
     "Gemma2Tokenizer": "preprocessing.tokenizer",
     "IncrementalDecoder": "preprocessing.tokenizer",
     "NextTokenLoss": "tasks.next_token_loss",
+    "RunCheckpoints": "training.checkpoints",
+    "RunHistory": "training.history",
+    "TokenDataset": "training.token_dataset",
+    "TrainingHistory": "training.history",
+    "TrainingProgress": "training.progress",
+    "adamw": "training.optimizers",
     "describe_preset": "checkpoints.catalogue",
+    "fine_tune": "training.fine_tuning",
     "list_presets": "checkpoints.catalogue",
+    "plot_history": "training.plotting",
 }
 
 __all__ = [
@@ -39,8 +54,16 @@ __all__ = [
     "Gemma2Tokenizer",
     "IncrementalDecoder",
     "NextTokenLoss",
+    "RunCheckpoints",
+    "RunHistory",
+    "TokenDataset",
+    "TrainingHistory",
+    "TrainingProgress",
+    "adamw",
     "describe_preset",
+    "fine_tune",
     "list_presets",
+    "plot_history",
 ]
 
 

@@ -83,8 +83,7 @@ def run(data: Path) -> None:
     with quiet_imports():
         import keras
 
-        from gemma2_keras import Gemma2CausalLM, Gemma2CausalLMPreprocessor
-    from tools.loss_curve import StepLosses, plot_losses
+        from gemma2_keras import Gemma2CausalLM, Gemma2CausalLMPreprocessor, RunHistory, plot_history
 
     keras.utils.set_random_seed(0)
     preprocessor = Gemma2CausalLMPreprocessor.from_preset(PRESET)
@@ -108,7 +107,7 @@ def run(data: Path) -> None:
     model.enable_lora(rank=RANK, targets=TARGETS)
     trained = sum(int(keras.ops.size(weight)) for weight in model.trainable_weights)
     print(f"Fine-tuning {trained:,} adapter weights on {len(examples)} examples of {data.name}:")
-    log = StepLosses()
+    log = RunHistory()
     model.compile(optimizer=keras.optimizers.Adam(LEARNING_RATE))
     epochs = max(1, round(STEPS / -(-len(examples) // BATCH_SIZE)))
     model.fit(texts, batch_size=BATCH_SIZE, epochs=epochs, callbacks=[log], verbose=1)
@@ -117,13 +116,13 @@ def run(data: Path) -> None:
         print(f"\n{prompt}\n  before: {_first_line(old)}\n  after:  {_first_line(new)}")
 
     OUTPUT.mkdir(exist_ok=True)
-    plot_losses(log.losses, OUTPUT / "loss.png", f"LoRA fine-tuning of {PRESET} on {data.name}")
+    plot_history(log.noted, OUTPUT / "loss.png", f"LoRA fine-tuning of {PRESET} on {data.name}")
     model.save_to_preset(OUTPUT / "model")
     reloaded = Gemma2CausalLM.from_preset(OUTPUT / "model")
     again = reloaded.generate(prompts, max_new_tokens=48, strip_prompt=True)
     if again != after:
         raise ValueError("The model that was saved does not write what the model in memory writes.")
-    print(f"\nLoss {log.losses[0]:.2f} -> {log.losses[-1]:.2f}, drawn in {OUTPUT / 'loss.png'}")
+    print(f"\nLoss {log.noted.losses[0]:.2f} -> {log.noted.losses[-1]:.2f}, drawn in {OUTPUT / 'loss.png'}")
     print(f"Saved as a preset, reloaded, and the same texts came out: {OUTPUT / 'model'}")
     print(f"All in {time.perf_counter() - start:.1f} s.")
 

@@ -52,9 +52,15 @@ def train(out: Path, seed: int, steps: int, batch_size: int, learning_rate: floa
     import numpy as np
     from safetensors.numpy import load_file, save_file
 
-    from gemma2_keras import Gemma2Backbone, Gemma2CausalLM, Gemma2CausalLMPreprocessor, Gemma2Tokenizer
+    from gemma2_keras import (
+        Gemma2Backbone,
+        Gemma2CausalLM,
+        Gemma2CausalLMPreprocessor,
+        Gemma2Tokenizer,
+        RunHistory,
+        plot_history,
+    )
     from tools.corpus import documents
-    from tools.loss_curve import StepLosses, plot_losses
     from tools.train_tokenizer import train_tokenizer
 
     keras.utils.set_random_seed(seed)
@@ -81,10 +87,11 @@ def train(out: Path, seed: int, steps: int, batch_size: int, learning_rate: floa
     # Without XLA, which would use one core of a CPU.
     optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.05, beta_2=0.98, clipnorm=1.0)
     model.compile(optimizer=optimizer, jit_compile=False)
-    log = StepLosses()
+    log = RunHistory()
     x, test_x = ({"token_ids": x[:, :-1], "padding_mask": np.ones_like(x[:, :-1])} for x in (rows, test))
-    model.fit(x, rows[:, 1:], batch_size=batch_size, callbacks=[log])
-    test_loss, test_accuracy = model.evaluate(test_x, test[:, 1:], batch_size=batch_size, verbose=0)[:2]
+    model.fit(x, rows[:, 1:], batch_size=batch_size, validation_data=(test_x, test[:, 1:]), callbacks=[log])
+    results = log.noted.history
+    test_loss, test_accuracy = results["val_loss"][-1], results["val_sparse_categorical_accuracy"][-1]
     print(f"Held-out loss {test_loss:.3f}, next token right {test_accuracy:.1%}.", flush=True)
 
     model.preprocessor = Gemma2CausalLMPreprocessor(tokenizer, sequence_length=length)
@@ -96,7 +103,7 @@ def train(out: Path, seed: int, steps: int, batch_size: int, learning_rate: floa
     record = {"seed": seed, "steps": steps, "batch_size": batch_size, "held_out_loss": round(float(test_loss), 4)}
     record["held_out_accuracy"] = round(float(test_accuracy), 4)
     (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    plot_losses(log.losses, out / "training_loss.png", f"Training {NAME}", float(test_loss))
+    plot_history(log.noted, out / "training_loss.png", f"Training {NAME}")
     model = Gemma2CausalLM.from_preset(str(out))
     for prompt in ("Once upon a time", "The sun is", "Question: What is the capital of France?\nAnswer:", "7 + 5 ="):
         print("---", model.generate(prompt, max_new_tokens=60), sep="\n", flush=True)
