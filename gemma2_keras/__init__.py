@@ -19,14 +19,17 @@ if TYPE_CHECKING:
     from gemma2_keras.training.checkpoints import RunCheckpoints
     from gemma2_keras.training.fine_tuning import fine_tune
     from gemma2_keras.training.history import RunHistory, TrainingHistory
+    from gemma2_keras.training.jsonl import read_jsonl
     from gemma2_keras.training.optimizers import adamw
     from gemma2_keras.training.plotting import plot_history
+    from gemma2_keras.training.preparation import DataReport, prepare
     from gemma2_keras.training.progress import TrainingProgress
     from gemma2_keras.training.token_dataset import TokenDataset
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DataReport": "training.preparation",
     "Gemma2Backbone": "models.gemma2_backbone",
     "Gemma2CausalLM": "tasks.causal_lm",
     "Gemma2CausalLMPreprocessor": "preprocessing.causal_lm_preprocessor",
@@ -44,9 +47,12 @@ _HOMES = {
     "fine_tune": "training.fine_tuning",
     "list_presets": "checkpoints.catalogue",
     "plot_history": "training.plotting",
+    "prepare": "training.preparation",
+    "read_jsonl": "training.jsonl",
 }
 
 __all__ = [
+    "DataReport",
     "Gemma2Backbone",
     "Gemma2CausalLM",
     "Gemma2CausalLMPreprocessor",
@@ -64,6 +70,8 @@ __all__ = [
     "fine_tune",
     "list_presets",
     "plot_history",
+    "prepare",
+    "read_jsonl",
 ]
 
 

@@ -136,7 +136,7 @@ class Gemma2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         if isinstance(x, dict) and "messages" in x:
             raise InputError(
                 "Conversations do not go through `tf.data`: give `fit` the list of them, or tokens that "
-                "`gemma2_keras.training.prepare` makes."
+                "`gemma2_keras.prepare` makes."
             )
         tensorflow = sys.modules["tensorflow"]
         leaves = keras.tree.flatten(x)

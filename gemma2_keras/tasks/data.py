@@ -72,7 +72,7 @@ def preprocessed(
     if is_example(x):
         raise InputError(
             "Give texts as a list, `[text]` for a single one; a file is read before it is given, JSON lines by "
-            "`gemma2_keras.training.read_jsonl`."
+            "`gemma2_keras.read_jsonl`."
         )
     return keras.utils.unpack_x_y_sample_weight(example)
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gemma2_keras import read_jsonl
 from gemma2_keras.errors import InputError
-from gemma2_keras.training import jsonl, read_jsonl
+from gemma2_keras.training import jsonl
 
 pytestmark = pytest.mark.once
 

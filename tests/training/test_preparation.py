@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from keras import ops
 
-from gemma2_keras import Gemma2CausalLMPreprocessor
+from gemma2_keras import DataReport, Gemma2CausalLMPreprocessor, TokenDataset, prepare
 from gemma2_keras.errors import InputError
-from gemma2_keras.training import DataReport, TokenDataset, prepare
 from tests.preprocessing import tiny
 from tests.tasks.sharp import sharpened
 
