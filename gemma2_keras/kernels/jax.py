@@ -12,7 +12,8 @@ import keras
 import numpy as np
 
 from gemma2_keras.kernels import native
-from gemma2_keras.ops.attention import attention, soft_cap
+from gemma2_keras.ops import attention as portable
+from gemma2_keras.ops.attention import soft_cap
 from gemma2_keras.ops.cross_entropy import LossTerms, TokenSums, expected_cross_entropy, tokens_at_once
 
 __all__ = [
@@ -30,7 +31,59 @@ __all__ = [
 STATIC_SHAPES = True
 
 _NATIVE_DTYPES = ("float32", "bfloat16")
-_EXPECTATION = "gemma2_expectation"
+_TARGETS = ("gemma2_attention", "gemma2_attention_gradient", "gemma2_expectation")
+
+
+@functools.cache
+def _has_kernels() -> bool:
+    """Whether XLA knows our CPU kernels, which are compiled at the first question."""
+    library = native.compiled("xla.cpp", include=jax.ffi.include_dir())
+    if library is None:
+        return False
+    for name in _TARGETS:
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return True
+
+
+def _called(target: str, results: Sequence[tuple[Sequence[int], Any]], *arguments: Any, **floats: float) -> Any:
+    """What one of our kernels makes, given the shapes and dtypes of it."""
+    call = jax.ffi.ffi_call(target, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results])
+    attributes = {name: np.float64(number) for name, number in floats.items()}
+    return call(*arguments, **attributes, threads=np.int64(native.threads()))
+
+
+def attention(query: Any, key: Any, value: Any, mask: Any, scale: float, cap: float | None) -> Any:
+    """As `ops.attention.attention`, without a matrix of scores on a CPU."""
+    supported = jax.default_backend() == "cpu" and query.dtype in _NATIVE_DTYPES and query.shape[1] != 1
+    if not (supported and _has_kernels()):
+        return portable.attention(query, key, value, mask, scale, cap)
+    return _attention(query, key, value, mask, scale, cap)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(query, key, value, mask, scale, cap):
+    return _attended(query, key, value, mask, scale, cap, keep=False)[0]
+
+
+def _attended(query, key, value, mask, scale, cap, keep):
+    batch, length, heads, _ = query.shape
+    results = (query.shape, query.dtype), ((batch, heads, length if keep else 0), "float32")
+    return _called("gemma2_attention", results, query, key, value, mask, scale=scale, cap=cap or 0.0)
+
+
+def _attention_forward(query, key, value, mask, scale, cap):
+    mixed, normaliser = _attended(query, key, value, mask, scale, cap, keep=True)
+    return mixed, (query, key, value, mixed, mask, normaliser)
+
+
+def _attention_backward(scale, cap, kept, gradient):
+    query, key, value, mixed, mask, normaliser = kept
+    results = [(x.shape, x.dtype) for x in (query, key, value)]
+    given = query, key, value, mixed, gradient, mask, normaliser
+    return *_called("gemma2_attention_gradient", results, *given, scale=scale, cap=cap or 0.0), None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
 
 
 def linear(x: Any, weight: Any) -> Any:
@@ -109,33 +162,16 @@ def _summed(hidden, table, labels, weights, cap, terms, gradient=False, table_tr
     arguments = hidden, table, labels, weights
     by_blocks = functools.partial(_summed_by_blocks, cap=cap, terms=terms, gradient=gradient, table_trains=table_trains)
     # Of the gradient of the table, and of the mean of all logits, the kernel knows nothing.
-    if table_trains or terms.label_smoothing or table.dtype not in _NATIVE_DTYPES or not _has_expectation():
+    if table_trains or terms.label_smoothing or table.dtype not in _NATIVE_DTYPES or not _has_kernels():
         return by_blocks(*arguments)
     by_kernel = functools.partial(_summed_by_kernel, cap=cap, terms=terms, gradient=gradient)
     return jax.lax.platform_dependent(*arguments, cpu=by_kernel, default=by_blocks)
 
 
-@functools.cache
-def _has_expectation() -> bool:
-    """Whether XLA knows our kernel, which is compiled at the first question."""
-    library = native.compiled("xla.cpp", include=jax.ffi.include_dir())
-    if library is None:
-        return False
-    jax.ffi.register_ffi_target(_EXPECTATION, jax.ffi.pycapsule(library.gemma2_expectation), platform="cpu")
-    return True
-
-
 def _summed_by_kernel(hidden, table, labels, weights, cap, terms, gradient):
     count, width = hidden.shape
-    call = jax.ffi.ffi_call(
-        _EXPECTATION,
-        (
-            jax.ShapeDtypeStruct((count,), "float32"),
-            jax.ShapeDtypeStruct((count,), "int32"),
-            jax.ShapeDtypeStruct((count if gradient else 0, width), "float32"),
-        ),
-    )
-    normaliser, first, expected = call(hidden, table, cap=np.float64(cap or 0.0), threads=np.int64(native.threads()))
+    results = ((count,), "float32"), ((count,), "int32"), ((count if gradient else 0, width), "float32")
+    normaliser, first, expected = _called("gemma2_expectation", results, hidden, table, cap=cap or 0.0)
     sums, found = expected_cross_entropy(
         hidden, table, labels, weights, cap, terms, normaliser, first, expected if gradient else None
     )

@@ -41,16 +41,32 @@ void gemma2_logits(const Model* m, int64_t batch, int threads, const float* stat
   });
 }
 
-// Attention of (B, T, N, H) queries over (B, S, K, H) keys and values that the (B, T, S) mask lets them see.
+// Attention of (B, T, N, H) queries over (B, S, K, H) keys and values that the (B, T, S) mask lets them see, and the
+// (B, N, T) logs of the sums of the exponentials of their scores, or null.
 void gemma2_attend(int64_t bfloat16, const void* q, const void* k, const void* v, void* out, const uint8_t* mask,
-                   int64_t B, int64_t T, int64_t S, int64_t N, int64_t K, int64_t H, double scale, double cap,
-                   int threads) {
-  if (bfloat16)
-    attend(static_cast<const Bfloat16*>(q), static_cast<const Bfloat16*>(k), static_cast<const Bfloat16*>(v),
-           static_cast<Bfloat16*>(out), mask, B, T, S, N, K, H, float(scale), float(cap), threads);
-  else
-    attend(static_cast<const float*>(q), static_cast<const float*>(k), static_cast<const float*>(v),
-           static_cast<float*>(out), mask, B, T, S, N, K, H, float(scale), float(cap), threads);
+                   float* normaliser, int64_t B, int64_t T, int64_t S, int64_t N, int64_t K, int64_t H, double scale,
+                   double cap, int threads) {
+  const auto run = [&](auto element) {
+    using C = decltype(element);
+    attend(static_cast<const C*>(q), static_cast<const C*>(k), static_cast<const C*>(v), static_cast<C*>(out), mask, B,
+           T, S, N, K, H, float(scale), float(cap), threads, normaliser);
+  };
+  bfloat16 ? run(Bfloat16{}) : run(float{});
+}
+
+// The gradients of attention with respect to queries, keys and values, from that of its result.
+void gemma2_attend_gradient(int64_t bfloat16, const void* q, const void* k, const void* v, const void* out,
+                            const void* out_gradient, void* q_gradient, void* k_gradient, void* v_gradient,
+                            const uint8_t* mask, const float* normaliser, int64_t B, int64_t T, int64_t S, int64_t N,
+                            int64_t K, int64_t H, double scale, double cap, int threads) {
+  const auto run = [&](auto element) {
+    using C = decltype(element);
+    attend_gradient(static_cast<const C*>(q), static_cast<const C*>(k), static_cast<const C*>(v),
+                    static_cast<const C*>(out), static_cast<const C*>(out_gradient), static_cast<C*>(q_gradient),
+                    static_cast<C*>(k_gradient), static_cast<C*>(v_gradient), mask, normaliser, B, T, S, N, K, H,
+                    float(scale), float(cap), threads);
+  };
+  bfloat16 ? run(Bfloat16{}) : run(float{});
 }
 
 // What the softmax of `soft_cap(states table^T, cap)` says of each state, with float32 products; a cap of 0 is none.
@@ -61,12 +77,12 @@ void gemma2_attend(int64_t bfloat16, const void* q, const void* k, const void* v
 //               cap: the gradient of `normaliser` with respect to the states; or null
 void gemma2_expectation(int64_t bfloat16, const void* states, const void* table, int64_t M, int64_t D, int64_t V,
                         double cap, int threads, float* normaliser, int32_t* first, float* expected) {
-  if (bfloat16)
-    expectation(static_cast<const Bfloat16*>(states), static_cast<const Bfloat16*>(table), M, D, V, float(cap),
-                threads, normaliser, first, expected);
-  else
-    expectation(static_cast<const float*>(states), static_cast<const float*>(table), M, D, V, float(cap), threads,
-                normaliser, first, expected);
+  const auto run = [&](auto element) {
+    using T = decltype(element);
+    expectation(static_cast<const T*>(states), static_cast<const T*>(table), M, D, V, float(cap), threads, normaliser,
+                first, expected);
+  };
+  bfloat16 ? run(Bfloat16{}) : run(float{});
 }
 
 // Asks for huge pages under a buffer, which spares a tenth of the time to stream it; without effect where there are

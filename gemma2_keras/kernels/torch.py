@@ -33,20 +33,39 @@ STATIC_SHAPES = False
 
 
 def attention(query: Any, key: Any, value: Any, mask: Any, scale: float, cap: float | None) -> Any:
-    """As `ops.attention.attention`, without a matrix of scores on a CPU; makes no gradients there."""
-    library = native.library()
-    if library is None or query.device.type != "cpu" or query.dtype not in _NATIVE_DTYPES:
+    """As `ops.attention.attention`, without a matrix of scores on a CPU."""
+    if native.library() is None or query.device.type != "cpu" or query.dtype not in _NATIVE_DTYPES:
         return portable.attention(query, key, value, mask, scale, cap)
-    query, key, value, mask = (x.contiguous() for x in (query, key, value, mask))
-    batch, length, heads, size = query.shape
-    mixed = torch.empty_like(query)
-    library.gemma2_attend(
-        query.dtype == torch.bfloat16,
-        *(x.data_ptr() for x in (query, key, value, mixed, mask)),
-        *(batch, length, key.shape[1], heads, key.shape[2], size),
-        *(scale, cap or 0.0, native.threads()),
-    )
-    return mixed
+    return _Attention.apply(query, key, value, mask, scale, cap)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, mask, scale, cap):
+        query, key, value, mask = (x.detach().contiguous() for x in (query, key, value, mask))
+        batch, length, heads, size = query.shape
+        mixed = torch.empty_like(query)
+        kept = any(ctx.needs_input_grad)
+        normaliser = torch.empty((batch, heads, length) if kept else (0,))
+        ctx.sizes = (batch, length, key.shape[1], heads, key.shape[2], size, scale, cap or 0.0, native.threads())
+        native.library().gemma2_attend(
+            query.dtype == torch.bfloat16,
+            *(x.data_ptr() for x in (query, key, value, mixed, mask)),
+            normaliser.data_ptr() if kept else None,
+            *ctx.sizes,
+        )
+        ctx.save_for_backward(query, key, value, mixed, mask, normaliser)
+        return mixed
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, mixed, mask, normaliser = ctx.saved_tensors
+        found = [torch.empty_like(x) for x in (query, key, value)]
+        given = (query, key, value, mixed, gradient.contiguous(), *found, mask, normaliser)
+        native.library().gemma2_attend_gradient(
+            query.dtype == torch.bfloat16, *(x.data_ptr() for x in given), *ctx.sizes
+        )
+        return *found, None, None, None
 
 
 def projected_cross_entropy(

@@ -106,9 +106,9 @@ inline Vec choose(IntVec mask, Vec yes, Vec no) {
 // e^x to 2 units in the last place; arguments are clamped to where the result is a normal number.
 inline Vec exponential(Vec x) {
   x = choose(x < all(-87.0f), all(-87.0f), choose(x > all(88.0f), all(88.0f), x));
-  Vec turns = x * 1.44269504f;
-  IntVec n = __builtin_convertvector(turns + choose(turns < all(0.0f), all(-0.5f), all(0.5f)), IntVec);
-  Vec whole = __builtin_convertvector(n, Vec);
+  // Added to 1.5 * 2^23, a number is rounded to a whole one, which then stands in the last bits.
+  const Vec turns = x * 1.44269504f + 12582912.0f;
+  const Vec whole = turns - 12582912.0f;
   Vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
   Vec p = all(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
@@ -117,22 +117,28 @@ inline Vec exponential(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  IntVec exponent = (n + 127) << 23;
+  BitVec exponent;
+  std::memcpy(&exponent, &turns, sizeof turns);
+  exponent = (exponent + 127) << 23;
   Vec scale;
   std::memcpy(&scale, &exponent, sizeof scale);
   return p * scale;
 }
 
-// tanh x: an odd polynomial near zero, where the quotient would lose digits (the split of Cephes' tanhf).
+// tanh x to 3 units in the last place: the quotient of polynomials that Eigen uses, whose limit is where it is 1.
 inline Vec hyperbolic_tangent(Vec x) {
-  Vec far = 1.0f - 2.0f / (exponential(x * 2.0f) + 1.0f);
-  Vec z = x * x;
-  Vec p = all(-5.70498872745e-3f);
-  p = p * z + 2.06390887954e-2f;
-  p = p * z - 5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
-  p = p * z - 3.33332819422e-1f;
-  return choose(z < all(0.390625f), p * z * x + x, far);
+  const Vec limit = all(7.90531110763549805f);
+  x = choose(x > limit, limit, choose(x < -limit, -limit, x));
+  const Vec z = x * x;
+  Vec p = z * -2.76076847742355e-16f + 2.00018790482477e-13f;
+  p = p * z - 8.60467152213735e-11f;
+  p = p * z + 5.12229709037114e-8f;
+  p = p * z + 1.48572235717979e-5f;
+  p = p * z + 6.37261928875436e-4f;
+  p = (p * z + 4.89352455891786e-3f) * x;
+  Vec q = z * 1.19825839466702e-6f + 1.18534705686654e-4f;
+  q = q * z + 2.26843463243900e-3f;
+  return p / (q * z + 4.89352518554385e-3f);
 }
 
 inline Vec soft_cap(Vec x, float cap) { return cap > 0 ? hyperbolic_tangent(x / cap) * cap : x; }

@@ -5,8 +5,8 @@ from __future__ import annotations
 import keras
 from keras import ops
 
+from gemma2_keras.kernels import attention
 from gemma2_keras.layers.linear import Linear
-from gemma2_keras.ops.attention import attention
 from gemma2_keras.ops.rotary import apply_rotary
 
 
@@ -60,8 +60,7 @@ class Attention(keras.layers.Layer):
             x: (B, T, D) tensor.
             context: `StepContext` of this step.
             cache: `None`, or an object whose `update_and_fetch(keys, values)` takes the (B, T, K, H) keys and values of
-                this step and returns the (B, S, K, H) ones to attend to, and whose `attend` is then called in place of
-                `ops.attention.attention`.
+                this step and returns the (B, S, K, H) ones to attend to.
 
         Returns:
             (B, T, D) tensor.
@@ -69,11 +68,9 @@ class Attention(keras.layers.Layer):
         query = apply_rotary(self._heads(self.q_proj(x), self.num_query_heads), context.cosine, context.sine)
         key = apply_rotary(self._heads(self.k_proj(x), self.num_key_value_heads), context.cosine, context.sine)
         value = self._heads(self.v_proj(x), self.num_key_value_heads)
-        attend = attention
         if cache is not None:
             key, value = cache.update_and_fetch(key, value)
-            attend = cache.attend
-        mixed = attend(query, key, value, context.mask(self.local), self.scale, self.logit_soft_cap)
+        mixed = attention(query, key, value, context.mask(self.local), self.scale, self.logit_soft_cap)
         length = ops.shape(mixed)[1]
         return self.o_proj(ops.reshape(mixed, (-1, length, self.num_query_heads * self.head_dim)))
 

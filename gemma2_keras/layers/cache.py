@@ -10,7 +10,7 @@ from typing import Any
 
 from keras import ops
 
-from gemma2_keras.kernels import attention, write_slots
+from gemma2_keras.kernels import write_slots
 from gemma2_keras.ops.cache import tokens_at_slots
 
 
@@ -20,8 +20,6 @@ class ChunkCache:
     Args:
         past: the (B, slots, K, H) keys and values cached before; `None` if there are none.
     """
-
-    attend = staticmethod(attention)
 
     def __init__(self, past: tuple[Any, Any] | None) -> None:
         self._past = past
@@ -46,8 +44,6 @@ class StepCache:
         values: likewise.
         lengths: (B,) int32, tokens of each row before this one.
     """
-
-    attend = staticmethod(attention)
 
     def __init__(self, keys: Any, values: Any, lengths: Any) -> None:
         self.keys = keys

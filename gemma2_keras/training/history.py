@@ -24,6 +24,12 @@ class TrainingHistory:
             from 1 in its epoch; `"loss"`, of this step alone; `"mean_loss"`, Keras' mean since the epoch began; and
             `"tokens"`, how many were no padding, where the data say so.
         epochs: for each epoch `"epoch"` and what Keras shows at its end, such as `"loss"` and `"val_loss"`.
+
+    Example:
+
+    >>> history = TrainingHistory(epochs=[{"epoch": 0, "loss": 2.0}, {"epoch": 1, "loss": 1.5}])
+    >>> history.history
+    {'loss': [2.0, 1.5]}
     """
 
     steps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
