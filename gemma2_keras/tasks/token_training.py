@@ -13,6 +13,9 @@ from gemma2_keras.errors import InputError
 from gemma2_keras.tasks.next_token_loss import NextTokenLoss, TokenMetrics
 from gemma2_keras.tasks.text_generation import TextGeneration
 
+# In the order in which Keras' trainer hands them over.
+_JAX_STATE = ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables")
+
 
 class TokenTraining(TextGeneration):
     """A model that generates, whose training and evaluation stop at the hidden states when the loss needs no more.
@@ -93,6 +96,17 @@ class TokenTraining(TextGeneration):
         """One step of evaluation, as the backend's trainer makes it."""
         with self._step():
             return super().test_step(*args)
+
+    def _get_jax_state(self, purge_model_variables=False, **asked):
+        """The values of variables that a step on JAX takes.
+
+        Keras takes them out of the variables meanwhile, and puts back what the last step made: if the first one fails,
+        nothing. Here it is then what was taken.
+        """
+        state = super()._get_jax_state(purge_model_variables=purge_model_variables, **asked)
+        if purge_model_variables:
+            self._jax_state = dict(zip([name for name in _JAX_STATE if asked.get(name)], state, strict=True))
+        return state
 
     @contextlib.contextmanager
     def _step(self) -> Iterator[None]:

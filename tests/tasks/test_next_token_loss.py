@@ -231,3 +231,26 @@ def test_keras_file_keeps_how_it_was_compiled(tmp_path):
     assert {*found} == {"loss", "perplexity", "sparse_categorical_accuracy"}
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_step_that_fails_loses_nothing(good):
+    model = make()
+    model.compile(keras.optimizers.SGD(0.5))
+    wrong = Y[:, :5]
+
+    def batches():
+        for _ in range(good):
+            yield X, Y, WEIGHT
+        yield X, wrong, WEIGHT
+
+    # TensorFlow may notice it in a program that takes any length.
+    with pytest.raises(Exception, match=r"(?i)shape"):
+        model.fit(batches(), verbose=0, shuffle=False)
+    other = make()
+    other.compile(keras.optimizers.SGD(0.5))
+    for _ in range(good):
+        other.train_on_batch(X, Y, WEIGHT)
+    for a, b in zip(model.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    model.fit(X, Y, sample_weight=WEIGHT, verbose=0)
