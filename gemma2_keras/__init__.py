@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gemma2_keras.preprocessing.causal_lm_preprocessor import Gemma2CausalLMPreprocessor
     from gemma2_keras.preprocessing.tokenizer import Gemma2Tokenizer, IncrementalDecoder
     from gemma2_keras.tasks.causal_lm import Gemma2CausalLM
+    from gemma2_keras.tasks.distillation_loss import DistillationLoss
     from gemma2_keras.tasks.next_token_loss import NextTokenLoss
     from gemma2_keras.training.checkpoints import RunCheckpoints
     from gemma2_keras.training.fine_tuning import fine_tune
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
     from gemma2_keras.training.plotting import plot_history
     from gemma2_keras.training.preparation import DataReport, prepare
     from gemma2_keras.training.progress import TrainingProgress
+    from gemma2_keras.training.teaching import TaughtDataset, teach
     from gemma2_keras.training.token_dataset import TokenDataset
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "DataReport": "training.preparation",
+    "DistillationLoss": "tasks.distillation_loss",
     "Gemma2Backbone": "models.gemma2_backbone",
     "Gemma2CausalLM": "tasks.causal_lm",
     "Gemma2CausalLMPreprocessor": "preprocessing.causal_lm_preprocessor",
@@ -39,6 +42,7 @@ _HOMES = {
     "NextTokenLoss": "tasks.next_token_loss",
     "RunCheckpoints": "training.checkpoints",
     "RunHistory": "training.history",
+    "TaughtDataset": "training.teaching",
     "TokenDataset": "training.token_dataset",
     "TrainingHistory": "training.history",
     "TrainingProgress": "training.progress",
@@ -49,10 +53,12 @@ _HOMES = {
     "plot_history": "training.plotting",
     "prepare": "training.preparation",
     "read_jsonl": "training.jsonl",
+    "teach": "training.teaching",
 }
 
 __all__ = [
     "DataReport",
+    "DistillationLoss",
     "Gemma2Backbone",
     "Gemma2CausalLM",
     "Gemma2CausalLMPreprocessor",
@@ -62,6 +68,7 @@ __all__ = [
     "NextTokenLoss",
     "RunCheckpoints",
     "RunHistory",
+    "TaughtDataset",
     "TokenDataset",
     "TrainingHistory",
     "TrainingProgress",
@@ -72,6 +79,7 @@ __all__ = [
     "plot_history",
     "prepare",
     "read_jsonl",
+    "teach",
 ]
 
 

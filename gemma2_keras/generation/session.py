@@ -52,7 +52,7 @@ class Session:
         self._programs = programs
         self._room = length
         self._native = NativeModel(backbone) if is_supported(backbone) else None
-        size = _bucket(length) if STATIC_SHAPES else length
+        size = bucket(length) if STATIC_SHAPES else length
         if self._native is None:
             self._cache = engine.empty_cache(backbone, rows, size)
         else:
@@ -142,7 +142,7 @@ class Session:
     def _run(self, segments: list[tuple[int, int, int]]) -> None:
         """Run tokens [start, end) of some rows one behind the other; only the first may continue what is cached."""
         size = sum(end - start for _, start, end in segments)
-        width = min(_bucket(size), engine.CHUNK) if STATIC_SHAPES else size
+        width = min(bucket(size), engine.CHUNK) if STATIC_SHAPES else size
         # The number of segments is no shape: there is always room for so many.
         last = np.zeros(_SEGMENTS, "int32")
         token_ids, numbers = np.zeros((2, 1, width), "int32")
@@ -170,7 +170,7 @@ class Session:
 
     def _past(self, row: int, length: int) -> Any:
         """The cache of one row that has `length` tokens in it."""
-        slots = _bucket(length) if STATIC_SHAPES else length
+        slots = bucket(length) if STATIC_SHAPES else length
         layers = [tuple(x[row : row + 1, :slots] for x in pair) for pair in self._cache["layers"]]
         return {"layers": layers, "lengths": np.asarray([length], "int32")}
 
@@ -420,7 +420,8 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     return min(len(one), len(other))
 
 
-def _bucket(length: int) -> int:
+def bucket(length: int) -> int:
+    """A length that is compiled for, not below this one."""
     return max(_LEAST_LENGTH, 1 << (length - 1).bit_length())
 
 

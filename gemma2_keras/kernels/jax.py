@@ -14,7 +14,14 @@ import numpy as np
 from gemma2_keras.kernels import native
 from gemma2_keras.ops import attention as portable
 from gemma2_keras.ops.attention import soft_cap
-from gemma2_keras.ops.cross_entropy import LossTerms, TokenSums, expected_cross_entropy, tokens_at_once
+from gemma2_keras.ops.cross_entropy import (
+    LossTerms,
+    Teacher,
+    TokenSums,
+    expected_cross_entropy,
+    sparse_targets,
+    tokens_at_once,
+)
 
 __all__ = [
     "STATIC_SHAPES",
@@ -129,21 +136,23 @@ def projected_cross_entropy(
     terms: LossTerms,
     training: bool,
     table_trains: bool,
+    teacher: Teacher | None = None,
 ) -> TokenSums:
     """As `ops.cross_entropy.projected_cross_entropy`, some tokens at a time, with their gradient in the same pass."""
     if not training:
-        return _summed(hidden, table, labels, weights, cap, terms)[0]
-    sums: Any = _cross_entropy(hidden, table, labels, weights, cap, terms, table_trains)
+        return _summed(hidden, table, labels, weights, teacher, cap, terms)[0]
+    sums: Any = _cross_entropy(hidden, table, labels, weights, teacher, cap, terms, table_trains)
     return TokenSums(sums.loss, *map(jax.lax.stop_gradient, sums[1:]))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _cross_entropy(hidden, table, labels, weights, cap, terms, table_trains):
-    return _summed(hidden, table, labels, weights, cap, terms)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _cross_entropy(hidden, table, labels, weights, teacher, cap, terms, table_trains):
+    return _summed(hidden, table, labels, weights, teacher, cap, terms)[0]
 
 
-def _cross_entropy_forward(hidden, table, labels, weights, cap, terms, table_trains):
-    sums, gradients = _summed(hidden, table, labels, weights, cap, terms, gradient=True, table_trains=table_trains)
+def _cross_entropy_forward(hidden, table, labels, weights, teacher, cap, terms, table_trains):
+    arguments = hidden, table, labels, weights, teacher
+    sums, gradients = _summed(*arguments, cap, terms, gradient=True, table_trains=table_trains)
     # Of the arguments only the dtypes are needed later.
     return sums, (gradients, hidden[:0], table[:0])
 
@@ -151,18 +160,22 @@ def _cross_entropy_forward(hidden, table, labels, weights, cap, terms, table_tra
 def _cross_entropy_backward(cap, terms, table_trains, kept, factors):
     (hidden_gradient, table_gradient), hidden, table = kept
     scaled = (hidden_gradient * factors.loss).astype(hidden.dtype)
-    return scaled, None if table_gradient is None else (table_gradient * factors.loss).astype(table.dtype), None, None
+    table_scaled = None if table_gradient is None else (table_gradient * factors.loss).astype(table.dtype)
+    return scaled, table_scaled, None, None, None
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def _summed(hidden, table, labels, weights, cap, terms, gradient=False, table_trains=False):
+def _summed(hidden, table, labels, weights, teacher, cap, terms, gradient=False, table_trains=False):
     """The sums, and the gradients of `loss` with respect to the states and the table, `None` if not asked for."""
     arguments = hidden, table, labels, weights
-    by_blocks = functools.partial(_summed_by_blocks, cap=cap, terms=terms, gradient=gradient, table_trains=table_trains)
-    # Of the gradient of the table, and of the mean of all logits, the kernel knows nothing.
-    if table_trains or terms.label_smoothing or table.dtype not in _NATIVE_DTYPES or not _has_kernels():
+    by_blocks = functools.partial(
+        _summed_by_blocks, teacher=teacher, cap=cap, terms=terms, gradient=gradient, table_trains=table_trains
+    )
+    # Of the gradient of the table, the mean of all logits and other words than the label the kernel knows nothing.
+    beyond = table_trains or terms.label_smoothing or teacher is not None
+    if beyond or table.dtype not in _NATIVE_DTYPES or not _has_kernels():
         return by_blocks(*arguments)
     by_kernel = functools.partial(_summed_by_kernel, cap=cap, terms=terms, gradient=gradient)
     return jax.lax.platform_dependent(*arguments, cpu=by_kernel, default=by_blocks)
@@ -178,7 +191,7 @@ def _summed_by_kernel(hidden, table, labels, weights, cap, terms, gradient):
     return sums, (found, None)
 
 
-def _summed_by_blocks(hidden, table, labels, weights, cap, terms, gradient, table_trains):
+def _summed_by_blocks(hidden, table, labels, weights, teacher, cap, terms, gradient, table_trains):
     count, width = hidden.shape
     size = min(count, tokens_at_once(table.shape[0]))
     blocks = -(-count // size)
@@ -187,28 +200,34 @@ def _summed_by_blocks(hidden, table, labels, weights, cap, terms, gradient, tabl
         return jnp.pad(x, [(0, blocks * size - count)] + [(0, 0)] * (x.ndim - 1)).reshape(blocks, size, *x.shape[1:])
 
     def add(carry, block):
-        states, label, weight = block
+        states, label, weight, taught = block
         logits = soft_cap(_product(states, 1, table, 1), cap)
         top = logits.max(-1, keepdims=True)
         shares = jnp.exp(logits - top)
         total = shares.sum(-1)
         normaliser = top[:, 0] + jnp.log(total)
-        chosen = jnp.take_along_axis(logits, label[:, None], axis=-1)[:, 0]
-        target = (1 - terms.label_smoothing) * chosen
+        ids, amounts = sparse_targets(label, taught, terms)
+        chosen = jnp.take_along_axis(logits, ids, axis=-1)
+        target = (amounts * chosen).sum(-1)
         if terms.label_smoothing:
-            target += terms.label_smoothing * logits.mean(-1)
-        loss = normaliser - target + terms.z_loss * jnp.square(normaliser)
+            target += terms.uniform * logits.mean(-1)
+        loss = (1 - terms.softened) * normaliser - target + terms.z_loss * jnp.square(normaliser)
+        if terms.softened:
+            soft = jnp.exp((logits - top) / terms.temperature)
+            soft_total = soft.sum(-1)
+            loss += terms.softened * terms.temperature * (top[:, 0] + terms.temperature * jnp.log(soft_total))
         correct = (logits.argmax(-1) == label).astype("float32")
-        each = TokenSums(loss, normaliser - chosen, correct)
+        each = TokenSums(loss, normaliser - chosen[:, 0], correct)
         sums, table_gradient = carry
         sums = TokenSums(*(a + (b * weight).sum() for a, b in zip(sums, each, strict=True)))
         if not gradient:
             return (sums, None), None
-        shares *= ((1 + 2 * terms.z_loss * normaliser) * weight / total)[:, None]
+        shares *= ((1 - terms.softened + 2 * terms.z_loss * normaliser) * weight / total)[:, None]
+        if terms.softened:
+            shares += soft * (terms.softened * terms.temperature * weight / soft_total)[:, None]
         if terms.label_smoothing:
-            shares -= (terms.label_smoothing / table.shape[0] * weight)[:, None]
-        here = jax.lax.broadcasted_iota("int32", shares.shape, 1) == label[:, None]
-        shares -= jnp.where(here, ((1 - terms.label_smoothing) * weight)[:, None], 0)
+            shares -= (terms.uniform / table.shape[0] * weight)[:, None]
+        shares = _reduced(shares, ids, amounts * weight[:, None])
         if cap is not None:
             shares *= 1 - jnp.square(logits / cap)
         shares = shares.astype(table.dtype)
@@ -219,9 +238,17 @@ def _summed_by_blocks(hidden, table, labels, weights, cap, terms, gradient, tabl
     start = TokenSums(*(jnp.zeros((), "float32") for _ in TokenSums._fields))
     table_gradient = jnp.zeros(table.shape, "float32") if table_trains else None
     (sums, table_gradient), found = jax.lax.scan(
-        add, (start, table_gradient), [split(hidden), split(labels), split(weights)]
+        add, (start, table_gradient), jax.tree.map(split, (hidden, labels, weights, teacher))
     )
     return sums, (None if found is None else found.reshape(-1, width)[:count], table_gradient)
+
+
+def _reduced(shares, ids, amounts):
+    """(M, V) shares less the (M, K) amounts at the (M, K) ids."""
+    if ids.shape[1] > 1:
+        return shares.at[jnp.arange(len(ids))[:, None], ids].add(-amounts)
+    # Part of one pass over all numbers, as XLA joins them.
+    return shares - jnp.where(jax.lax.broadcasted_iota("int32", shares.shape, 1) == ids, amounts, 0)
 
 
 def write_slots(buffer: Any, slots: Any, values: Any) -> Any:

@@ -11,7 +11,14 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from gemma2_keras.kernels import native
 from gemma2_keras.ops.attention import attention, soft_cap
-from gemma2_keras.ops.cross_entropy import LossTerms, TokenSums, expected_cross_entropy, tokens_at_once
+from gemma2_keras.ops.cross_entropy import (
+    LossTerms,
+    Teacher,
+    TokenSums,
+    expected_cross_entropy,
+    sparse_targets,
+    tokens_at_once,
+)
 from gemma2_keras.ops.linear import linear
 
 __all__ = [
@@ -38,6 +45,7 @@ def projected_cross_entropy(
     terms: LossTerms,
     training: bool,
     table_trains: bool,
+    teacher: Teacher | None = None,
 ) -> TokenSums:
     """As `ops.cross_entropy.projected_cross_entropy`, some tokens at a time, with their gradient in the same pass.
 
@@ -47,15 +55,18 @@ def projected_cross_entropy(
     inside_xla = not tf.executing_eagerly() and GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
     if not inside_xla:
         counted = tf.where(weights != 0)[:, 0]
-        hidden, labels, weights = (tf.gather(x, counted) for x in (hidden, labels, weights))
+        hidden, labels, weights, teacher = tf.nest.map_structure(
+            lambda x: None if x is None else tf.gather(x, counted), (hidden, labels, weights, teacher)
+        )
     fast = not inside_xla and _is_fast(table)
 
     @tf.custom_gradient
     def run(hidden, table):
         arguments = hidden, table, labels, weights, cap, terms, training
-        # Of the gradient of the table, and of the mean of all logits, the kernel knows nothing.
-        if (training and table_trains) or terms.label_smoothing or not fast:
-            sums, hidden_gradient, table_gradient = _summed(*arguments, training and table_trains)
+        # Of the gradient of the table, the mean of all logits and other words than the label the kernel knows nothing.
+        beyond = (training and table_trains) or terms.label_smoothing or teacher is not None
+        if beyond or not fast:
+            sums, hidden_gradient, table_gradient = _summed(*arguments, training and table_trains, teacher)
         else:
             sums, hidden_gradient = _summed_by_kernel(*arguments)
             table_gradient = None
@@ -91,7 +102,7 @@ def _summed_by_kernel(hidden, table, labels, weights, cap, terms, gradient):
     )
 
 
-def _summed(hidden, table, labels, weights, cap, terms, gradient, table_trains):
+def _summed(hidden, table, labels, weights, cap, terms, gradient, table_trains, teacher):
     """The sums, and the gradients of `loss` with respect to the states and the table; zeros if not asked for."""
     count, width = tf.shape(hidden)[0], hidden.shape[1]
     vocabulary = table.shape[0]
@@ -104,28 +115,37 @@ def _summed(hidden, table, labels, weights, cap, terms, gradient, table_trains):
         return tf.reshape(tf.concat([x, missing], 0), [blocks, size, *x.shape[1:]])
 
     examples = [split(x) for x in (hidden, labels, weights)]
+    taught = None if teacher is None else Teacher(*map(split, teacher))
 
     def add(block, sums, found, table_gradient):
         states, label, weight = (x[block] for x in examples)
+        ids, amounts = sparse_targets(label, taught and Teacher(*(x[block] for x in taught)), terms)
         logits = soft_cap(tf.cast(tf.matmul(states, table, transpose_b=True), "float32"), cap)
         top = tf.reduce_max(logits, -1, keepdims=True)
         shares = tf.exp(logits - top)
         total = tf.reduce_sum(shares, -1)
         normaliser = top[:, 0] + tf.math.log(total)
-        places = tf.stack([tf.range(tf.shape(label)[0], dtype=label.dtype), label], 1)
+        rows = tf.broadcast_to(tf.range(tf.shape(ids)[0], dtype=ids.dtype)[:, None], tf.shape(ids))
+        places = tf.stack([rows, ids], -1)
         chosen = tf.gather_nd(logits, places)
-        target = (1 - terms.label_smoothing) * chosen
+        target = tf.reduce_sum(amounts * chosen, -1)
         if terms.label_smoothing:
-            target += terms.label_smoothing * tf.reduce_mean(logits, -1)
-        loss = normaliser - target + terms.z_loss * tf.square(normaliser)
+            target += terms.uniform * tf.reduce_mean(logits, -1)
+        loss = (1 - terms.softened) * normaliser - target + terms.z_loss * tf.square(normaliser)
+        if terms.softened:
+            soft = tf.exp((logits - top) / terms.temperature)
+            soft_total = tf.reduce_sum(soft, -1)
+            loss += terms.softened * terms.temperature * (top[:, 0] + terms.temperature * tf.math.log(soft_total))
         correct = tf.cast(tf.argmax(logits, -1, label.dtype) == label, "float32")
-        each = (loss, normaliser - chosen, correct)
+        each = (loss, normaliser - chosen[:, 0], correct)
         sums = tuple(a + tf.reduce_sum(b * weight) for a, b in zip(sums, each, strict=True))
         if gradient:
-            shares *= ((1 + 2 * terms.z_loss * normaliser) * weight / total)[:, None]
+            shares *= ((1 - terms.softened + 2 * terms.z_loss * normaliser) * weight / total)[:, None]
+            if terms.softened:
+                shares += soft * (terms.softened * terms.temperature * weight / soft_total)[:, None]
             if terms.label_smoothing:
-                shares -= (terms.label_smoothing / vocabulary * weight)[:, None]
-            shares = tf.tensor_scatter_nd_sub(shares, places, (1 - terms.label_smoothing) * weight)
+                shares -= (terms.uniform / vocabulary * weight)[:, None]
+            shares = tf.tensor_scatter_nd_sub(shares, places, amounts * weight[:, None])
             if cap is not None:
                 shares *= 1 - tf.square(logits / cap)
             shares = tf.cast(shares, table.dtype)

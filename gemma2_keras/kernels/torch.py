@@ -12,7 +12,14 @@ import torch
 
 from gemma2_keras.kernels import native
 from gemma2_keras.ops import attention as portable
-from gemma2_keras.ops.cross_entropy import LossTerms, TokenSums, expected_cross_entropy, tokens_at_once
+from gemma2_keras.ops.cross_entropy import (
+    LossTerms,
+    Teacher,
+    TokenSums,
+    expected_cross_entropy,
+    sparse_targets,
+    tokens_at_once,
+)
 from gemma2_keras.ops.linear import linear
 
 __all__ = [
@@ -77,6 +84,7 @@ def projected_cross_entropy(
     terms: LossTerms,
     training: bool,
     table_trains: bool,
+    teacher: Teacher | None = None,
 ) -> TokenSums:
     """As `ops.cross_entropy.projected_cross_entropy`, some tokens at a time, with their gradient in the same pass.
 
@@ -84,17 +92,21 @@ def projected_cross_entropy(
     """
     counted = weights.nonzero()[:, 0]
     hidden, labels, weights = hidden[counted], labels[counted].long(), weights[counted]
-    return TokenSums(*_CrossEntropy.apply(hidden, table, labels, weights, cap, terms, training, table_trains))
+    targets = sparse_targets(labels, teacher and Teacher(*(x[counted] for x in teacher)), terms)
+    taught = teacher is not None
+    return TokenSums(*_CrossEntropy.apply(hidden, table, targets, weights, cap, terms, training, table_trains, taught))
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, table, labels, weights, cap, terms, training, table_trains):
+    def forward(ctx, hidden, table, targets, weights, cap, terms, training, table_trains, taught):
         hidden, table = hidden.detach().contiguous(), table.detach().contiguous()
         table_trains = training and table_trains
         fast = native.library() is not None and hidden.device.type == "cpu" and hidden.dtype == torch.float32
-        # Of bfloat16 numbers PyTorch's products are faster; of the gradient of the table the kernel knows nothing.
-        if fast and len(hidden) and not (table_trains or terms.label_smoothing):
+        # Of bfloat16 numbers PyTorch's products are faster; of the gradient of the table, the mean of all logits and
+        # other words than the label the kernel knows nothing.
+        if fast and len(hidden) and not (table_trains or terms.label_smoothing or taught):
+            labels = targets[0][:, 0]
             found = native.expectation(hidden.numpy(), table.numpy(), cap, training)
             normaliser, first, expected = map(torch.from_numpy, found)
             sums, ctx.hidden_gradient = expected_cross_entropy(
@@ -103,7 +115,7 @@ class _CrossEntropy(torch.autograd.Function):
             ctx.table_gradient = None
         else:
             sums, ctx.hidden_gradient, ctx.table_gradient = _summed(
-                hidden, table, labels, weights, cap, terms, training, table_trains
+                hidden, table, targets, weights, cap, terms, training, table_trains
             )
         ctx.mark_non_differentiable(*sums[1:])
         return tuple(sums)
@@ -111,10 +123,10 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, factor, *_):
         table = None if ctx.table_gradient is None else ctx.table_gradient * factor
-        return ctx.hidden_gradient * factor, table, *[None] * 6
+        return ctx.hidden_gradient * factor, table, *[None] * 7
 
 
-def _summed(hidden, table, labels, weights, cap, terms, training, table_trains):
+def _summed(hidden, table, targets, weights, cap, terms, training, table_trains):
     """The sums, and the gradients of `loss` with respect to the states and the table, `None` if it is not trained."""
     sums = torch.zeros(3, device=hidden.device)
     hidden_gradient = torch.empty_like(hidden if training else hidden[:0])
@@ -123,9 +135,9 @@ def _summed(hidden, table, labels, weights, cap, terms, training, table_trains):
     # Each block is worked on in place, in the same two buffers.
     logits, shares = (torch.empty(min(size, len(hidden)), len(table), device=hidden.device) for _ in range(2))
     for start in range(0, len(hidden), size):
-        states, label, weight = (x[start : start + size] for x in (hidden, labels, weights))
+        states, ids, amounts, weight = (x[start : start + size] for x in (hidden, *targets, weights))
         logits, shares = logits[: len(states)], shares[: len(states)]
-        _cross_entropy_block(states, table, label, weight, cap, terms, sums, logits, shares, training)
+        _cross_entropy_block(states, table, ids, amounts, weight, cap, terms, sums, logits, shares, training)
         if not training:
             continue
         gradient = shares.to(table.dtype)
@@ -135,7 +147,7 @@ def _summed(hidden, table, labels, weights, cap, terms, training, table_trains):
     return sums.unbind(), hidden_gradient, table_gradient
 
 
-def _cross_entropy_block(states, table, label, weight, cap, terms, sums, logits, shares, training):
+def _cross_entropy_block(states, table, ids, amounts, weight, cap, terms, sums, logits, shares, training):
     """Add a block's sums to `sums` and, if `training`, leave the gradient of the loss by its raw logits in `shares`."""
     if table.dtype == torch.float32:
         torch.mm(states, table.T, out=logits)
@@ -149,19 +161,25 @@ def _cross_entropy_block(states, table, label, weight, cap, terms, sums, logits,
     torch.sub(logits, top, out=shares).mul_(scale).exp_()
     total = shares.sum(-1)
     normaliser = top[:, 0] * scale + total.log()
-    chosen = logits.gather(1, label[:, None])[:, 0] * scale
-    target = (1 - terms.label_smoothing) * chosen
+    chosen = logits.gather(1, ids) * scale
+    target = (amounts * chosen).sum(-1)
     if terms.label_smoothing:
-        target += terms.label_smoothing * scale * logits.mean(-1)
-    loss = normaliser - target + terms.z_loss * normaliser.square()
-    each = torch.stack([loss, normaliser - chosen, (first[:, 0] == label).float()])
+        target += terms.uniform * scale * logits.mean(-1)
+    loss = (1 - terms.softened) * normaliser - target + terms.z_loss * normaliser.square()
+    if terms.softened:
+        soft = (logits - top).mul_(scale / terms.temperature).exp_()
+        soft_total = soft.sum(-1)
+        loss += terms.softened * terms.temperature * (top[:, 0] * scale + terms.temperature * soft_total.log())
+    each = torch.stack([loss, normaliser - chosen[:, 0], (first[:, 0] == ids[:, 0]).float()])
     sums += each @ weight
     if not training:
         return
-    shares.mul_(((1 + 2 * terms.z_loss * normaliser) * weight / total)[:, None])
+    shares.mul_(((1 - terms.softened + 2 * terms.z_loss * normaliser) * weight / total)[:, None])
+    if terms.softened:
+        shares.addcmul_(soft, (terms.softened * terms.temperature * weight / soft_total)[:, None])
     if terms.label_smoothing:
-        shares.sub_((terms.label_smoothing / len(table) * weight)[:, None])
-    shares[torch.arange(len(label), device=label.device), label] -= (1 - terms.label_smoothing) * weight
+        shares.sub_((terms.uniform / len(table) * weight)[:, None])
+    shares.scatter_add_(1, ids, -amounts * weight[:, None])
     if cap is not None:
         shares.addcmul_(shares, logits.square_(), value=-1)
 

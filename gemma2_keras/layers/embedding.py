@@ -8,6 +8,7 @@ from keras import ops
 from gemma2_keras.kernels import linear, projected_cross_entropy
 from gemma2_keras.layers.initialization import weight_initializer
 from gemma2_keras.ops.attention import soft_cap
+from gemma2_keras.ops.cross_entropy import Teacher
 
 
 @keras.saving.register_keras_serializable(package="gemma2_keras")
@@ -56,7 +57,7 @@ class TokenEmbedding(keras.layers.Layer):
         x = ops.cast(ops.take(self.embeddings, inputs, axis=0), self.compute_dtype)
         return x * ops.cast(self.hidden_dim**0.5, self.compute_dtype)
 
-    def cross_entropy(self, states, labels, weights, terms, training):
+    def cross_entropy(self, states, labels, weights, terms, training, teacher=None):
         """The loss of labels, without making all logits at once.
 
         Args:
@@ -65,10 +66,13 @@ class TokenEmbedding(keras.layers.Layer):
             weights: (B, T) float32 tensor; 0 leaves a token out.
             terms: `ops.cross_entropy.LossTerms`.
             training: whether the loss will be differentiated.
+            teacher: `ops.cross_entropy.Teacher` of (B, T, K) tensors, if the terms give it a weight.
 
         Returns:
             `ops.cross_entropy.TokenSums`.
         """
+        if teacher is not None:
+            teacher = Teacher(*(ops.reshape(x, (-1, x.shape[-1])) for x in teacher))
         return projected_cross_entropy(
             ops.reshape(states, (-1, self.hidden_dim)),
             ops.cast(self.embeddings, self.compute_dtype),
@@ -78,6 +82,7 @@ class TokenEmbedding(keras.layers.Layer):
             terms,
             training,
             self.embeddings.trainable,
+            teacher,
         )
 
     def compute_output_spec(self, inputs, reverse: bool = False):

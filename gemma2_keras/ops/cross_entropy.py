@@ -23,17 +23,45 @@ class TokenSums(NamedTuple):
 
 
 class LossTerms(NamedTuple):
-    """What is added to the negative log-probability.
+    """What the loss is beside the negative log-probability of the label.
 
     Attributes:
         label_smoothing: share of the target that is spread evenly over the vocabulary.
         z_loss: factor on the square of the logits' log-sum-exp, which keeps it near zero.
+        teacher_weight: share of the loss that is the cross-entropy with a teacher's distribution; 0 without a teacher.
+        temperature: that the logits of both are divided by in this share, which is multiplied by its square.
 
-    Source: label smoothing (https://arxiv.org/abs/1512.00567), z-loss (https://arxiv.org/abs/2204.02311).
+    Source: label smoothing (https://arxiv.org/abs/1512.00567), z-loss (https://arxiv.org/abs/2204.02311), distillation
+    and its temperature (https://arxiv.org/abs/1503.02531).
     """
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    teacher_weight: float = 0.0
+    temperature: float = 1.0
+
+    @property
+    def uniform(self) -> float:
+        """Share of the target that every word of the vocabulary has a part of."""
+        return (1.0 - self.teacher_weight) * self.label_smoothing
+
+    @property
+    def softened(self) -> float:
+        """Share of the loss that needs a softmax of its own, at another temperature."""
+        return self.teacher_weight if self.temperature != 1.0 else 0.0
+
+
+class Teacher(NamedTuple):
+    """A teacher's distribution of the next token, over the words that it holds likely.
+
+    Attributes:
+        ids: (…, K) int tensor of ids in [0, V).
+        shares: (…, K) float tensor of their probabilities at temperature 1, at least 0. What the other words have of
+            the probability is shared out among these in proportion.
+    """
+
+    ids: Any
+    shares: Any
 
 
 # Numbers in a block of logits, 256 MB of float32: some such blocks are in memory at a time, however long the batch.
@@ -49,13 +77,46 @@ def tokens_at_once(vocabulary_size):
     return max(8, _BLOCK // vocabulary_size // 8 * 8)
 
 
-def token_losses(logits, labels, terms):
+def softened_shares(teacher, temperature):
+    """(…, K) float32 shares of a teacher at a temperature, which sum to 1.
+
+    A softmax over some of the logits, divided by the temperature, is in proportion to these powers of the shares.
+    """
+    shares = ops.cast(teacher.shares, "float32")
+    if temperature != 1.0:
+        shares = ops.power(shares, 1.0 / temperature)
+    return ops.divide_no_nan(shares, ops.sum(shares, axis=-1, keepdims=True))
+
+
+def sparse_targets(labels, teacher, terms):
+    """The words that a loss names, and what its gradient with respect to their logits subtracts.
+
+    Args:
+        labels: (M,) int tensor.
+        teacher: `Teacher` of (M, K) tensors, or `None`.
+        terms: `LossTerms`.
+
+    Returns:
+        (M, 1 + K) ids, the label first, of the dtype of `labels`, and (M, 1 + K) float32 amounts. A word may be named
+        twice.
+    """
+    ids = labels[:, None]
+    hard = (1.0 - terms.teacher_weight) * (1.0 - terms.label_smoothing)
+    amounts = ops.full_like(ids, hard, dtype="float32")
+    if teacher is None:
+        return ids, amounts
+    soft = terms.teacher_weight * terms.temperature * softened_shares(teacher, terms.temperature)
+    return ops.concatenate([ids, ops.cast(teacher.ids, ids.dtype)], 1), ops.concatenate([amounts, soft], 1)
+
+
+def token_losses(logits, labels, terms, teacher=None):
     """Loss and surprise of each token.
 
     Args:
         logits: (…, V) float32 tensor.
         labels: (…) int tensor of ids in [0, V).
         terms: `LossTerms`.
+        teacher: `Teacher` of (…, K) tensors, if the terms give it a weight.
 
     Returns:
         Two (…) float32 tensors, in nats.
@@ -65,10 +126,21 @@ def token_losses(logits, labels, terms):
     target = chosen
     if terms.label_smoothing:
         target = (1.0 - terms.label_smoothing) * chosen + terms.label_smoothing * ops.mean(logits, axis=-1)
-    return normaliser - target + terms.z_loss * ops.square(normaliser), normaliser - chosen
+    loss = normaliser - target
+    if teacher is not None:
+        soft = terms.temperature**2 * _soft_surprise(logits / terms.temperature, teacher, terms.temperature)
+        loss = (1.0 - terms.teacher_weight) * loss + terms.teacher_weight * soft
+    return loss + terms.z_loss * ops.square(normaliser), normaliser - chosen
 
 
-def projected_cross_entropy(hidden, table, labels, weights, cap, terms, training, table_trains):
+def _soft_surprise(logits, teacher, temperature):
+    """The mean surprise of words that are drawn from the teacher's distribution."""
+    chosen = ops.take_along_axis(logits, ops.cast(teacher.ids, "int32"), axis=-1)
+    expected = ops.sum(softened_shares(teacher, temperature) * chosen, axis=-1)
+    return ops.logsumexp(logits, axis=-1) - expected
+
+
+def projected_cross_entropy(hidden, table, labels, weights, cap, terms, training, table_trains, teacher=None):
     """The loss of tokens whose logits are `soft_cap(hidden table^T, cap)`.
 
     Args:
@@ -80,13 +152,14 @@ def projected_cross_entropy(hidden, table, labels, weights, cap, terms, training
         terms: `LossTerms`.
         training: whether `loss` will be differentiated. A kernel then makes its gradient along with it.
         table_trains: whether with respect to the table, too.
+        teacher: `Teacher` of (M, K) tensors, if the terms give it a weight.
 
     Returns:
         `TokenSums`, of which `loss` alone has a gradient.
     """
     del training, table_trains
     logits = soft_cap(ops.cast(linear(hidden, table), "float32"), cap)
-    loss, surprise = token_losses(logits, labels, terms)
+    loss, surprise = token_losses(logits, labels, terms, teacher)
     correct = ops.cast(ops.equal(ops.argmax(logits, axis=-1), ops.cast(labels, "int32")), "float32")
     return TokenSums(
         ops.sum(loss * weights),
@@ -104,7 +177,7 @@ def expected_cross_entropy(hidden, table, labels, weights, cap, terms, normalise
         labels: likewise.
         weights: likewise.
         cap: likewise.
-        terms: likewise, without label smoothing.
+        terms: likewise, without label smoothing or a teacher.
         normaliser: (M,) float32 tensor, the log of the sum of the exponentials of the logits.
         first: (M,) int32 tensor, the likeliest words.
         expected: (M, D) float32 tensor, the gradient of `normaliser` with respect to `hidden`; `None` for no gradient.

@@ -18,6 +18,9 @@ from gemma2_keras.preprocessing.causal_lm_preprocessor import Gemma2CausalLMPrep
 from gemma2_keras.preprocessing.records import is_tokenized
 from gemma2_keras.tasks.adapters import AdapterTask
 from gemma2_keras.tasks.data import preprocessed
+from gemma2_keras.tasks.distillation_loss import check_targets
+from gemma2_keras.tasks.generating import check_verbose
+from gemma2_keras.tasks.perplexity import examples_of_text, examples_of_tokens, perplexities
 from gemma2_keras.tasks.sources import StreamBatches
 from gemma2_keras.tasks.token_training import TokenTraining
 
@@ -122,8 +125,8 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
         Args:
             optimizer: as `keras.Model.compile`; `"auto"` is Adam with a learning rate of 2e-5.
             loss: likewise; `"auto"` is `NextTokenLoss()`, the cross-entropy of the next token, in nats, as the mean
-                over the tokens that count; padding and prompts do not dilute it. With it the (B, T, V) logits are
-                never made, unless other metrics ask for them.
+                over the tokens that count; padding and prompts do not dilute it. With it, and with `DistillationLoss`,
+                the (B, T, V) logits are never made, unless other metrics ask for them.
             weighted_metrics: likewise; `"auto"` is the share of next tokens that the model ranks first and, beside
                 `NextTokenLoss`, the perplexity.
             sampler: how `generate` chooses tokens: a name of a KerasHub sampler, such as `"top_k"`, or an instance.
@@ -174,9 +177,9 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
                 f"given {type(x).__name__}."
             )
         check_token_inputs(x, self.backbone.config.vocabulary_size)
-        if y is not None and not is_traced(y):
-            check_ids(ops.convert_to_numpy(y), self.backbone.config.vocabulary_size, "y")
         check_weights(sample_weight)
+        if y is not None:
+            check_targets(y, sample_weight, self.backbone.config.vocabulary_size)
         return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
 
     def fit(self, x=None, y=None, batch_size=None, *, sample_weight=None, validation_data=None, **kwargs):
@@ -188,7 +191,7 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
                 `keras.utils.PyDataset`, a torch `DataLoader`, a Hugging Face `Dataset` or `IterableDataset`, a
                 `MapDataset`, `IterDataset` or `DataLoader` of grain, or another iterator of them. Without
                 `steps_per_epoch`, an `IterableDataset` and grain's are read whole before the first step.
-            y: labels, only beside tokenized arrays.
+            y: labels, only beside tokenized arrays; for `DistillationLoss` with a teacher's distributions.
             batch_size: examples in a step; 32 by default.
             sample_weight: finite weights, only beside tokenized arrays.
             validation_data: of the same kinds as `x`, or `(x, y)` or `(x, y, sample_weight)`.
@@ -238,6 +241,50 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
         self.notice_adapters()
         x, _, _ = preprocessed(self.preprocess_samples, x, batch_size=batch_size, steps=kwargs.get("steps"))
         return keras.Model.predict(self, x, batch_size, **kwargs)
+
+    def perplexity(self, texts, stride=None, *, verbose: Any = "auto") -> Any:
+        """How surprised the model is by given texts: `exp` of the mean negative log-probability of their tokens.
+
+        Of texts all tokens count but `<bos>`; of prompts with responses those of the responses alone; of conversations
+        what the model says. The `<eos>` that training puts behind a text does not count here: a text may go on. Texts
+        do not influence one another, of whatever length they are, and the logits of few tokens are made at a time.
+
+        A text that is longer than the model's context is read in windows of that length, each `stride` tokens behind
+        the one before. A token counts in the first window that has it, and so sees at least the context less the stride
+        before it; each window begins with `<bos>`, if the text does (without a preprocessor, with its own token).
+
+        Args:
+            texts: a string, a list of them, or prompts with responses, conversations or records of them, as
+                `Gemma2CausalLMPreprocessor` takes them; without a preprocessor, `{"token_ids": (B, L), "padding_mask":
+                (B, L)}`, a text in each row.
+            stride: tokens from one window to the next, at most the context; `None` is half of it. A smaller one shows
+                each token more of the text, and takes longer.
+            verbose: 1 shows a progress bar, 0 none; `"auto"` shows one for more tokens than are run at once.
+
+        Returns:
+            A float for one text, an (N,) float64 array for a list.
+
+        Raises:
+            InputError: if there is no text, one has nothing that counts, or an argument is outside what is allowed.
+
+        Example:
+
+        >>> model = Gemma2CausalLM.from_preset("gemma2_tiny_en")
+        >>> sense, nonsense = model.perplexity(["The cat sat on the mat.", "Mat the on sat cat the."])
+        >>> bool(sense < nonsense)
+        True
+
+        Source: windows, https://huggingface.co/docs/transformers/perplexity.
+        """
+        check_verbose(verbose)
+        if self.preprocessor is None:
+            check_token_inputs(texts, self.backbone.config.vocabulary_size)
+            examples, single, start_token_id = examples_of_tokens(texts), False, None
+        else:
+            examples, single = examples_of_text(self.preprocessor, texts)
+            start_token_id = self.preprocessor.tokenizer.start_token_id
+        found = perplexities(self.programs, examples, start_token_id, stride, verbose)
+        return float(found[0]) if single else found
 
     def score(
         self, token_ids, padding_mask=None, scoring_mode="logits", layer_intercept_fn=None, target_ids=None

@@ -53,7 +53,7 @@ def preprocessed(
         `steps` are given.
 
     Raises:
-        InputError: if `x` is a single text.
+        InputError: if `x` is a single text, or arrays have targets that come in batches only.
     """
     size = BATCH_SIZE if batch_size is None else batch_size
     if isinstance(x, keras.utils.PyDataset):
@@ -74,7 +74,14 @@ def preprocessed(
             "Give texts as a list, `[text]` for a single one; a file is read before it is given, JSON lines by "
             "`gemma2_keras.read_jsonl`."
         )
-    return keras.utils.unpack_x_y_sample_weight(example)
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(example)
+    if isinstance(y, dict) and sample_weight is not None:
+        # Keras takes a dictionary to be of several outputs, each with weights of its own.
+        raise InputError(
+            "Arrays with a teacher's distributions and weights come in batches: give "
+            "`gemma2_keras.TokenDataset(x, y, sample_weight)`, or what `gemma2_keras.teach` makes."
+        )
+    return x, y, sample_weight
 
 
 class PreprocessedDataset(keras.utils.PyDataset):

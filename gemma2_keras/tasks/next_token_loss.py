@@ -57,7 +57,7 @@ class NextTokenLoss(keras.losses.Loss):
 
     def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
-        return {**super().get_config(), **self.terms._asdict()}
+        return {**super().get_config(), "label_smoothing": self.terms.label_smoothing, "z_loss": self.terms.z_loss}
 
 
 class Perplexity(keras.metrics.Metric):

@@ -241,6 +241,12 @@ class TextGeneration(keras_hub.models.CausalLM):
         return self._engine.compilations
 
     @property
+    def programs(self) -> Engine:
+        """What the model runs besides `fit`, `evaluate` and `predict`, for the layers that it has now."""
+        self.notice_adapters()
+        return self._engine
+
+    @property
     def _engine(self) -> Engine:
         if self._compiled_engine is None:
             self._compiled_engine = Engine(self.backbone)

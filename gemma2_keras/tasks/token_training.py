@@ -10,6 +10,7 @@ import keras
 from keras import ops
 
 from gemma2_keras.errors import InputError
+from gemma2_keras.tasks.distillation_loss import DistillationLoss, split_targets
 from gemma2_keras.tasks.next_token_loss import NextTokenLoss, TokenMetrics
 from gemma2_keras.tasks.text_generation import TextGeneration
 
@@ -40,7 +41,7 @@ class TokenTraining(TextGeneration):
             `loss` and `weighted_metrics` for `keras_hub.models.CausalLM.compile`.
 
         Raises:
-            ValueError: if the loss is no single number.
+            ValueError: if the loss is no single number, or a `DistillationLoss` is to be weighted once more.
         """
         loss = NextTokenLoss() if isinstance(loss, str) and loss == "auto" else loss
         if isinstance(loss, NextTokenLoss) and loss.reduction in (None, "none"):
@@ -49,6 +50,8 @@ class TokenTraining(TextGeneration):
                 'leave `reduction` out, or give "sum" or "mean". The losses of single tokens are '
                 '`score(..., scoring_mode="loss")`.'
             )
+        if isinstance(loss, DistillationLoss) and others.get("loss_weights"):
+            raise ValueError("`loss_weights` has no place beside `DistillationLoss`, whose `weight` is its own.")
         automatic = isinstance(weighted_metrics, str) and weighted_metrics == "auto"
         plain = isinstance(loss, NextTokenLoss) and loss.reduction == "mean_with_sample_weight"
         needs_logits = others.get("metrics") or others.get("loss_weights") or not (automatic or not weighted_metrics)
@@ -118,11 +121,20 @@ class TokenTraining(TextGeneration):
 
     def compute_loss(self, x=None, y=None, y_pred: Any = None, sample_weight=None, training=True):
         """The loss of states within such a step, otherwise that of logits."""
-        if self._takes_states:
-            y, sample_weight = _checked(y, sample_weight, tuple(y_pred.shape[:2]))
+        labels, teacher = split_targets(y)
+        if isinstance(self.loss, NextTokenLoss):
+            _check_kind(self.loss, teacher)
+        if self._takes_states or teacher is not None:
+            labels, sample_weight = _checked(labels, sample_weight, tuple(y_pred.shape[:2]))
+        if not self._in_step and teacher is not None:
+            # Keras would look for an output of the model under the name of each target, now and before every `fit`.
+            self._compile_loss.built = True
+            return self.loss(y, y_pred, sample_weight) + sum(self.losses)
         if not self._in_step:
-            return super().compute_loss(x, y, y_pred, sample_weight, training)
-        sums = self.backbone.token_embedding.cross_entropy(y_pred, y, sample_weight, self.loss.terms, training)
+            return super().compute_loss(x, labels, y_pred, sample_weight, training)
+        sums = self.backbone.token_embedding.cross_entropy(
+            y_pred, labels, sample_weight, self.loss.terms, training, teacher
+        )
         tokens = ops.sum(sample_weight)
         if self._token_metrics is not None:
             self._token_metrics.update(sums, tokens)
@@ -131,8 +143,22 @@ class TokenTraining(TextGeneration):
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         """All metrics; those of a step without logits were updated with its loss."""
         if not self._in_step:
-            return super().compute_metrics(x, y, y_pred, sample_weight)
+            return super().compute_metrics(x, split_targets(y)[0], y_pred, sample_weight)
         return self.get_metrics_result()
+
+
+def _check_kind(loss: NextTokenLoss, teacher: Any) -> None:
+    """Refuse a loss without the targets it is of."""
+    if isinstance(loss, DistillationLoss) and teacher is None:
+        raise InputError(
+            "`DistillationLoss` needs a teacher's distributions beside the labels: train, and validate, on what "
+            "`gemma2_keras.teach(teacher, data, student)` makes."
+        )
+    if teacher is not None and not isinstance(loss, DistillationLoss):
+        raise InputError(
+            "`y` has a teacher's distributions, which the loss would not read: compile the model with "
+            "`loss=gemma2_keras.DistillationLoss()`."
+        )
 
 
 def _checked(y: Any, sample_weight: Any, shape: tuple) -> tuple[Any, Any]:

@@ -242,6 +242,8 @@ def _of_tokens(x: Any, y: Any, sample_weight: Any, vocabulary_size: int) -> Iter
     check_token_inputs(x, vocabulary_size)
     if y is None:
         raise InputError("Tokens need labels: give `(x, y)` or `(x, y, sample_weight)`, as a preprocessor makes them.")
+    if isinstance(y, dict):
+        raise InputError("Data with a teacher's distributions are prepared already: `prepare` first, then `teach`.")
     token_ids, mask, y = (ops.convert_to_numpy(each) for each in (x["token_ids"], x["padding_mask"], y))
     weight = np.ones(y.shape, "float32") if sample_weight is None else ops.convert_to_numpy(sample_weight)
     weight = weight[:, None] if weight.ndim == 1 else weight

@@ -25,7 +25,7 @@ class TokenDataset(keras.utils.PyDataset):
 
     Args:
         x: `{"token_ids": (N, T) int32, "padding_mask": (N, T)}` arrays.
-        y: (N, T) int32 array, the next tokens.
+        y: (N, T) int32 array, the next tokens; or a dictionary of arrays of N examples, the targets of another loss.
         sample_weight: (N, T) float32 array, 0 where a label does not count.
         batch_size: examples in a batch.
         shuffle: whether epochs are shuffled.
@@ -45,7 +45,7 @@ class TokenDataset(keras.utils.PyDataset):
     def __init__(
         self,
         x: dict[str, np.ndarray],
-        y: np.ndarray,
+        y: np.ndarray | dict[str, np.ndarray],
         sample_weight: np.ndarray,
         batch_size: int = 8,
         shuffle: bool = True,
@@ -54,7 +54,7 @@ class TokenDataset(keras.utils.PyDataset):
         super().__init__()
         if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise InputError(f"`batch_size` must be a whole number of at least 1; given {batch_size!r}.")
-        lengths = {len(array) for array in (*x.values(), y, sample_weight)}
+        lengths = {len(array) for array in keras.tree.flatten((x, y, sample_weight))}
         if len(lengths) != 1 or lengths == {0}:
             raise InputError(
                 "`x`, `y` and `sample_weight` must hold the same number of examples, at least 1; given "
@@ -66,7 +66,7 @@ class TokenDataset(keras.utils.PyDataset):
 
     def __len__(self) -> int:
         """How many examples there are."""
-        return len(self.y)
+        return len(self.sample_weight)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -100,7 +100,8 @@ class TokenDataset(keras.utils.PyDataset):
         if missing := self.batch_size - len(rows):
             weight = np.concatenate([weight, np.zeros((missing, *weight.shape[1:]), weight.dtype)])
             rows = np.concatenate([rows, np.full(missing, rows[0])])
-        return {name: array[rows] for name, array in self.x.items()}, self.y[rows], weight
+        x, y = keras.tree.map_structure(lambda array: array[rows], (self.x, self.y))
+        return x, y, weight
 
     def _rows(self, index: int) -> np.ndarray:
         start = (self.first_step + index) * self.batch_size
@@ -118,7 +119,8 @@ class TokenDataset(keras.utils.PyDataset):
     def digest(self) -> str:
         """A SHA-256 over all examples, which tells two datasets apart."""
         digest = hashlib.sha256()
-        for name, array in [*sorted(self.x.items()), ("y", self.y), ("sample_weight", self.sample_weight)]:
+        y = sorted(self.y.items()) if isinstance(self.y, dict) else [("y", self.y)]
+        for name, array in [*sorted(self.x.items()), *y, ("sample_weight", self.sample_weight)]:
             digest.update(f"{name} {np.asarray(array[:0]).dtype} {array.shape}\n".encode())
             rows = max(1, _HASHED_BYTES // max(1, array[:1].nbytes))
             for first in range(0, len(array), rows):

@@ -17,10 +17,11 @@ from keras import ops
 from gemma2_keras import kernels
 from gemma2_keras.kernels import native
 from gemma2_keras.ops import cross_entropy as portable
-from gemma2_keras.ops.cross_entropy import LossTerms
+from gemma2_keras.ops.cross_entropy import LossTerms, Teacher
 
 BACKEND = keras.backend.backend()
 array = ops.convert_to_numpy
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler here")
 
 
 def value_and_gradients(function, *tensors):
@@ -91,7 +92,88 @@ def test_sums_and_gradients_are_those_of_all_logits(seed, tokens, width, vocabul
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler here")
+def taught(seed, tokens, words, vocabulary, dtype="float32"):
+    """For each token some words, each once, with shares of a part of the probability."""
+    random = np.random.default_rng(seed)
+    ids = np.stack([random.permutation(vocabulary)[:words] for _ in range(tokens)])
+    shares = random.dirichlet(np.full(words, 0.5), tokens) * random.uniform(0.5, 1.0, (tokens, 1))
+    return Teacher(ops.convert_to_tensor(ids, "int32"), ops.convert_to_tensor(shares, dtype))
+
+
+@settings(max_examples=40 if BACKEND == "torch" else 8)
+@given(
+    seed=st.integers(0, 2**16),
+    tokens=st.integers(1, 30),
+    vocabulary=st.integers(2, 200),
+    words=st.integers(1, 40),
+    dtype=st.sampled_from(["float32", "float16"]),
+    weight=st.sampled_from([0.0, 0.3, 1.0]),
+    temperature=st.sampled_from([1.0, 0.5, 3.0]),
+    terms=st.sampled_from([LossTerms(), LossTerms(0.2, 0.003)]),
+    cap=st.sampled_from([None, 30.0, 1.5]),
+    rows=st.sampled_from([8, 1024]),
+    table_trains=st.booleans(),
+)
+def test_sums_and_gradients_with_a_teacher_are_those_of_all_logits(
+    seed, tokens, vocabulary, words, dtype, weight, temperature, terms, cap, rows, table_trains
+):
+    hidden, table, labels, weights = problem(seed, tokens, 9, vocabulary)
+    teacher = taught(seed, tokens, min(words, vocabulary), vocabulary, dtype)
+    # Tokens that do not count need no shares.
+    teacher = teacher._replace(shares=teacher.shares * ops.cast(weights != 0, dtype)[:, None])
+    terms = terms._replace(teacher_weight=weight, temperature=temperature)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(portable, "_BLOCK", rows * vocabulary)
+        found, expected = (
+            value_and_gradients(
+                lambda h, t=table, f=f: f(h, t, labels, weights, cap, terms, True, table_trains, teacher),
+                *((hidden, table) if table_trains else (hidden,)),
+            )
+            for f in (kernels.projected_cross_entropy, portable.projected_cross_entropy)
+        )
+        alone = kernels.projected_cross_entropy(hidden, table, labels, weights, cap, terms, False, False, teacher)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose([float(array(x)) for x in alone], expected[0], rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(found[1], expected[1], strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_over_all_words_it_is_the_divergence_from_the_teacher_but_for_its_entropy(temperature):
+    tokens, vocabulary = 20, 50
+    hidden, table, labels, _ = problem(3, tokens, 9, vocabulary)
+    theirs = np.random.default_rng(4).normal(size=(tokens, vocabulary)) * 2
+    order = np.argsort(-theirs, axis=-1)
+    shares = np.take_along_axis(np.exp(log_softmax(theirs)), order, axis=-1)
+    teacher = Teacher(ops.convert_to_tensor(order, "int32"), ops.convert_to_tensor(shares, "float32"))
+    terms = LossTerms(teacher_weight=1.0, temperature=temperature)
+    ones = ops.ones((tokens,), "float32")
+    sums = kernels.projected_cross_entropy(hidden, table, labels, ones, 8.0, terms, True, False, teacher)
+    raw = array(hidden).astype("float64") @ array(table).astype("float64").T
+    log_ours, log_theirs = (log_softmax(x / temperature) for x in (8.0 * np.tanh(raw / 8.0), theirs))
+    shares = np.exp(log_theirs)
+    divergence, entropy = (shares * (log_theirs - log_ours)).sum(), -(shares * log_theirs).sum()
+    assert float(array(sums.loss)) == pytest.approx(temperature**2 * (divergence + entropy), rel=1e-5)
+
+
+@needs_compiler
+def test_a_teacher_does_not_go_to_the_cpu_kernel(monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("the kernel knows nothing of a teacher")
+
+    monkeypatch.setattr(native, "expectation", refuse)
+    if BACKEND == "jax":
+        from gemma2_keras.kernels import jax as here
+
+        monkeypatch.setattr(here, "_summed_by_kernel", refuse)
+    hidden, table, labels, weights = problem(0, 6, 5, 11)
+    arguments = labels, weights, 3.0, LossTerms(teacher_weight=0.5), False, False, taught(0, 6, 3, 11)
+    kernels.projected_cross_entropy(hidden, table, *arguments)
 
 
 def expectation(states, table, cap):
@@ -177,15 +259,18 @@ def test_xla_calls_the_cpu_kernel():
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="only there is XLA a choice")
-def test_xla_compiles_the_loss_without_the_cpu_kernel():
+@pytest.mark.parametrize("words", [0, 3])
+def test_xla_compiles_the_loss_without_the_cpu_kernel(words):
     import tensorflow as tf
 
     hidden, table, labels, weights = problem(0, 30, 5, 11)
+    teacher = taught(0, 30, words, 11) if words else None
+    terms = LossTerms(teacher_weight=0.5, temperature=2.0) if words else LossTerms()
 
     def run(hidden):
         with tf.GradientTape() as tape:
             tape.watch(hidden)
-            sums = kernels.projected_cross_entropy(hidden, table, labels, weights, 3.0, LossTerms(), True, False)
+            sums = kernels.projected_cross_entropy(hidden, table, labels, weights, 3.0, terms, True, False, teacher)
         return *sums, tf.convert_to_tensor(tape.gradient(sums.loss, hidden))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -215,15 +300,17 @@ def test_no_token_that_counts_is_no_loss():
     np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
 
 
-def test_bfloat16_is_as_near_the_truth_as_all_logits_are():
+@pytest.mark.parametrize("words", [0, 4])
+def test_bfloat16_is_as_near_the_truth_as_all_logits_are(words):
     hidden, table, labels, weights = problem(1, 40, 64, 50, "bfloat16")
-    terms = LossTerms()
+    terms = LossTerms(teacher_weight=0.5, temperature=2.0) if words else LossTerms()
+    teacher = taught(1, 40, words, 50, "float16") if words else None
 
     def gradient(function, *tensors):
         tensors = [ops.cast(x, "float32") for x in tensors] if function is None else tensors
         function = function or portable.projected_cross_entropy
         return value_and_gradients(
-            lambda h: function(h, tensors[1], labels, weights, 10.0, terms, True, False), tensors[0]
+            lambda h: function(h, tensors[1], labels, weights, 10.0, terms, True, False, teacher), tensors[0]
         )
 
     truth = gradient(None, hidden, table)
@@ -240,14 +327,23 @@ from keras import ops
 from gemma2_keras.kernels import compiled
 from gemma2_keras.memory import peak_bytes
 from gemma2_keras.layers.embedding import TokenEmbedding
-from gemma2_keras.ops.cross_entropy import LossTerms
+from gemma2_keras.ops import cross_entropy
+from gemma2_keras.ops.cross_entropy import LossTerms, Teacher
 
+# So small that one block more or less at a time, which is chance where operations run side by side, is not seen.
+cross_entropy._BLOCK = 2**23
+words = {words}
+terms = LossTerms(teacher_weight=0.5 if words else 0.0, temperature=2.0)
 layer = TokenEmbedding(65536, 16, 30.0)
 layer.build((None, None))
 layer.embeddings.trainable = False
 
 def run(states, labels):
-    return tuple(layer.cross_entropy(states, labels, ops.ones_like(labels, "float32"), LossTerms(), True))
+    teacher = None
+    if words:
+        ids = ops.tile(labels[..., None], (1, 1, words))
+        teacher = Teacher(ids, ops.ones_like(ids, "float16"))
+    return tuple(layer.cross_entropy(states, labels, ops.ones_like(labels, "float32"), terms, True, teacher))
 
 run = compiled(run, layer.variables, lambda: None, None)
 peaks = []
@@ -259,9 +355,11 @@ print(peaks[1], peaks[2])
 """
 
 
-def test_memory_does_not_grow_with_tokens_times_vocabulary():
+@pytest.mark.parametrize("words", [0, 4])
+def test_memory_does_not_grow_with_tokens_times_vocabulary(words):
+    code = _MEASURE.replace("{words}", str(words))
     done = subprocess.run(
-        [sys.executable, "-c", _MEASURE], capture_output=True, text=True, env={**os.environ, "KERAS_BACKEND": BACKEND}
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "KERAS_BACKEND": BACKEND}
     )
     assert done.returncode == 0, done.stderr
     before, after = map(int, done.stdout.split())

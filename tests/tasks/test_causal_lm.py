@@ -463,9 +463,25 @@ def test_scores_are_logits_or_losses(sharp, scored):
     )
 
 
+def test_scores_of_packed_examples_are_those_apart(sharp, scored):
+    token_ids, mask, y = scored
+    lengths = mask.sum(1)
+    rows = [(token_ids[i, :length], y[i, :length]) for i, length in enumerate(lengths)]
+    packed_ids, packed_y = (np.concatenate(parts)[None] for parts in zip(*rows, strict=True))
+    packed_mask = np.repeat([1, 2], lengths)[None]
+    logits = values(sharp.score(packed_ids, packed_mask))[0]
+    losses = values(sharp.score(packed_ids, packed_mask, scoring_mode="loss", target_ids=packed_y))[0]
+    real = mask.astype(bool)
+    np.testing.assert_allclose(logits, values(sharp.score(token_ids, mask))[real], rtol=1e-4, atol=1e-4)
+    apart = values(sharp.score(token_ids, mask, scoring_mode="loss", target_ids=y))
+    np.testing.assert_allclose(losses, apart[real], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["logits", "loss"])
 @pytest.mark.parametrize("index", [-1, 0, 1])
-def test_what_an_intercept_returns_takes_the_place_of_the_layer(sharp, scored, index):
-    token_ids, mask, _ = scored
+def test_what_an_intercept_returns_takes_the_place_of_the_layer(sharp, scored, index, mode):
+    token_ids, mask, y = scored
+    options = {"scoring_mode": mode, "target_ids": y if mode == "loss" else None}
     other = token_ids[::-1].copy()
     kept, seen = {}, []
 
@@ -474,9 +490,11 @@ def test_what_an_intercept_returns_takes_the_place_of_the_layer(sharp, scored, i
         kept[i] = x
         return x
 
-    expected = values(sharp.score(other, mask, layer_intercept_fn=keep))
+    expected = values(sharp.score(other, mask, layer_intercept_fn=keep, **options))
     assert seen == [-1, 0, 1]
-    found = values(sharp.score(token_ids, mask, layer_intercept_fn=lambda x, i: kept[i] if i == index else x))
+    found = values(
+        sharp.score(token_ids, mask, layer_intercept_fn=lambda x, i: kept[i] if i == index else x, **options)
+    )
     # The other's state after any layer gives the other's logits.
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-    assert np.abs(values(sharp.score(token_ids, mask)) - expected).max() > 0.1
+    assert np.abs(values(sharp.score(token_ids, mask, **options)) - expected).max() > 0.1
