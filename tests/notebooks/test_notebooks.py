@@ -31,9 +31,9 @@ def test_fine_tuning_runs_and_improves_what_was_held_out(tmp_path):
     before, after = map(float, re.search(r"perplexity ([\d.]+) before, ([\d.]+) after", printed).groups())
     assert after < before / 10
     assert (tmp_path / "support" / "adapter_model.safetensors").exists()
-    # Of answers that it has never seen, most are the shop's word for word.
+    # To questions that it has never seen, in the manner of the shop, and then it stops.
     answers = re.findall(r"  after:  (.*)\n  shop:   (.*)\n", printed)
-    assert len(answers) == 5
+    assert len(answers) == 6
     assert all(answer.endswith("Have a lovely day!") for answer, _ in answers)
 
 
