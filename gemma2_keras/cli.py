@@ -6,12 +6,14 @@ import argparse
 import contextlib
 import io
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gemma2_keras import __version__
+from gemma2_keras.training.recipe import Recipe, Setting, read_settings, settings, to_yaml
 
 # Leaves out what TensorFlow, and what it loads, say of themselves when they are imported, whatever they are told.
 _SIEVE = r"""
@@ -33,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 if the command failed, 130 if it was interrupted. Unusable arguments exit with 2.
     """
     options = _parser().parse_args(arguments)
+    options.words = sys.argv[1:] if arguments is None else list(arguments)
     # Keras and TensorFlow read these once, when they are first imported.
     if options.backend:
         os.environ["KERAS_BACKEND"] = options.backend
@@ -100,6 +103,15 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--stats", action="store_true", help="print tokens per second after each reply")
     chat.set_defaults(run=_chat)
 
+    finetune = commands.add_parser(
+        "finetune",
+        help="train an adapter, or all weights, on a file of examples",
+        description="Train an adapter, or all weights. Settings come from flags, and from a YAML file where there are "
+        "none; --print-config writes such a file.",
+    )
+    _add_settings(finetune)
+    finetune.set_defaults(run=_finetune)
+
     presets = commands.add_parser("presets", help="list the presets, or show one")
     actions = presets.add_subparsers(required=True, metavar="ACTION")
     actions.add_parser("list", help="every name, with its size").set_defaults(run=_list_presets)
@@ -124,6 +136,35 @@ def _add_generation(parser: argparse.ArgumentParser, max_new_tokens: int | None 
     parser.add_argument("--top-p", type=float, metavar="P", help="only the likeliest tokens of this probability")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     parser.add_argument("--seed", type=int, help="make random sampling repeatable")
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """A flag for each setting of a recipe; what is not given is left to the file, or else to the default."""
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of settings; flags override it")
+    parser.add_argument("--print-config", action="store_true", help="print all settings as such a file, and end")
+    groups: dict[str, Any] = {}
+    for name, setting in settings().items():
+        if setting.section not in groups:
+            groups[setting.section] = parser.add_argument_group(setting.section)
+        default = getattr(Recipe, name)
+        shown = ",".join(default) if isinstance(default, tuple) else default
+        usual = "" if default is None or default is False else f" (default: {shown})"
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": f"{setting.help}{usual}".replace("%", "%%")}
+        if name == "data":
+            groups[setting.section].add_argument(name, nargs="?", metavar="DATA", **options)
+        else:
+            groups[setting.section].add_argument(f"--{name.replace('_', '-')}", **options, **_form(setting))
+
+
+def _form(setting: Setting) -> dict[str, Any]:
+    """How a flag is read."""
+    if setting.kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if setting.choices:
+        return {"choices": setting.choices}
+    if setting.kind is list:
+        return {"type": lambda text: text.split(",") if "," in text else text, "metavar": "NAME[,NAME…]"}
+    return {"type": setting.kind, "metavar": {int: "N", float: "X", str: "TEXT"}[setting.kind]}
 
 
 def _loaded(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
@@ -180,6 +221,27 @@ def _reply(chat: Any, text: str, stats: bool) -> None:
     except KeyboardInterrupt:
         pass
     print(f"\n[{chat.stats}]" if stats and chat.stats else "")
+
+
+def _finetune(options: argparse.Namespace) -> None:
+    given = {} if options.config is None else read_settings(options.config)
+    recipe = Recipe(**given | {name: getattr(options, name) for name in settings() if hasattr(options, name)})
+    if options.print_config:
+        print(to_yaml(recipe), end="")
+        return
+    with quiet_imports():
+        from gemma2_keras.training.job import run_recipe
+        from gemma2_keras.training.run_folder import RunFolder
+
+    try:
+        run_recipe(recipe)
+    except KeyboardInterrupt:
+        if recipe.run_folder is None:
+            print("\nInterrupted; nothing is kept: with --run-folder, a run can go on.", file=sys.stderr)
+        elif RunFolder(recipe.run_folder).checkpoints:
+            words = ["gemma2-keras", *options.words, *["--resume"] * (not recipe.resume)]
+            print(f"\nInterrupted; to go on:\n\n{shlex.join(words)}\n", file=sys.stderr)
+        raise
 
 
 def _list_presets(options: argparse.Namespace) -> None:

@@ -1,15 +1,22 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from gemma2_keras import Gemma2CausalLM, __version__, list_presets
 from gemma2_keras.cli import main
+from gemma2_keras.training import job
+from gemma2_keras.training.recipe import Recipe, read_settings, settings, to_yaml
 from tests.preprocessing import tiny
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -157,6 +164,9 @@ def test_an_unknown_preset_is_not_shown(capsys):
         ["generate", "The cat", "--zebra"],
         ["generate", "The cat", "--max-new-tokens", "many"],
         ["--backend", "numpy", "presets", "list"],
+        ["finetune", "--rank", "many"],
+        ["finetune", "--truncation", "middle"],
+        ["finetune", "a.jsonl", "b.jsonl"],
     ],
 )
 def test_unusable_arguments_exit_with_2(capsys, arguments):
@@ -167,7 +177,7 @@ def test_unusable_arguments_exit_with_2(capsys, arguments):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["generate", "--help"]])
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["generate", "--help"], ["finetune", "--help"]])
 def test_help_and_version_exit_with_0(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
@@ -188,6 +198,154 @@ def test_an_interruption_exits_with_130(monkeypatch):
 def run(*arguments: str, **kwargs) -> subprocess.Popen:
     program = [sys.executable, "-c", "import sys; from gemma2_keras.cli import main; sys.exit(main())", *arguments]
     return subprocess.Popen(program, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[Recipe]:
+    """What would be carried out, in place of doing it."""
+    recipes: list[Recipe] = []
+    monkeypatch.setattr(job, "run_recipe", recipes.append)
+    return recipes
+
+
+@pytest.mark.once
+def test_flags_are_settings(asked):
+    words = """finetune data.jsonl --preset gemma2_tiny_en --output adapter --rank 16 --targets q_proj,down_proj
+        --epochs 3 --learning-rate 1e-3 --sequence-length 512 --batch-size 4 --packing --validation val.jsonl
+        --run-folder run --resume --alpha 32 --use-dora --use-rslora --dtype bfloat16 --every-minutes 0.5"""
+    assert main(shlex.split(words)) == 0
+    assert main(["finetune", "--targets", "all-linear", "data.jsonl", "--truncation", "drop", "--no-packing"]) == 0
+    assert asked[0] == Recipe(
+        data="data.jsonl",
+        output="adapter",
+        rank=16,
+        targets=["q_proj", "down_proj"],
+        epochs=3,
+        learning_rate=1e-3,
+        sequence_length=512,
+        batch_size=4,
+        packing=True,
+        validation="val.jsonl",
+        run_folder="run",
+        resume=True,
+        alpha=32,
+        use_dora=True,
+        use_rslora=True,
+        dtype="bfloat16",
+        every_minutes=0.5,
+    )
+    assert asked[1] == Recipe(data="data.jsonl", targets="all-linear", truncation="drop")
+
+
+@pytest.mark.once
+def test_flags_override_the_file_and_the_file_the_defaults(asked, tmp_path):
+    file = tmp_path / "finetune.yaml"
+    file.write_text("data: a.jsonl\nrank: 4\npacking: true\nepochs: 2\nlearning_rate: 1e-3\n")
+    assert main(["finetune", "--config", str(file), "b.jsonl", "--no-packing", "--epochs", "5"]) == 0
+    assert asked == [Recipe(data="b.jsonl", rank=4, epochs=5, learning_rate=1e-3)]
+
+
+@pytest.mark.once
+def test_settings_are_printed_as_a_file_to_start_from(asked, capsys, tmp_path):
+    assert main(["finetune", "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == to_yaml(Recipe())
+    assert all(setting.help in printed for setting in settings().values())
+    assert main(["finetune", "data.jsonl", "--targets", "q_proj,v_proj", "--rank", "3", "--print-config"]) == 0
+    file = tmp_path / "finetune.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert Recipe(**read_settings(file)) == Recipe(data="data.jsonl", rank=3)
+    assert not asked
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "`data` is missing: name a file of JSON lines"),
+        (["absent.jsonl", "--output", "out"], "absent.jsonl"),
+        (["--config", "absent.yaml"], "absent.yaml"),
+        (["--config", "FILE"], "line 2: there is no setting 'rnak'. Did you mean rank"),
+        (["data.jsonl", "--rank", "0"], "`rank` must be a whole number, at least 1; given 0"),
+        (["data.jsonl", "--targets", "q_proj,"], "`targets` must be a string or a list of strings"),
+        (["data.jsonl", "--resume"], "`resume` needs the `run_folder`"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(capsys, tmp_path, arguments, message):
+    file = tmp_path / "finetune.yaml"
+    file.write_text("epochs: 2\nrnak: 8\n")
+    error = fails(capsys, "finetune", *[str(file) if word == "FILE" else word for word in arguments])
+    assert message in error
+
+
+@pytest.fixture
+def examples(tmp_path) -> Path:
+    path = tmp_path / "my data.jsonl"
+    lines = [{"prompt": f"The {animal}", "response": " sat by the sea."} for animal in ("cat", "dog", "girl", "house")]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+@pytest.mark.once
+@pytest.mark.slow
+def test_training_is_interrupted_and_goes_on(preset, examples, tmp_path, capsys):
+    """As a user does it: Ctrl-C, then the line that was shown."""
+    output, history = tmp_path / "adapter", tmp_path / "run" / "history.jsonl"
+    words = [
+        "finetune",
+        str(examples),
+        "--preset",
+        preset,
+        "--output",
+        str(output),
+        "--run-folder",
+        str(tmp_path / "run"),
+    ]
+    words += ["--epochs", "200", "--validation-split", "0.25", "--sequence-length", "16"]
+    with run(*words, stdout=subprocess.PIPE) as process:
+        while process.poll() is None and not (history.exists() and history.read_text().count("\n") > 2):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Validation before training: loss" in out
+    assert not output.exists()
+    command = next(line for line in errors.splitlines() if line.startswith("gemma2-keras "))
+    assert errors == f"\nInterrupted; to go on:\n\n{command}\n\n"
+    assert shlex.split(command)[1:] == [*words, "--resume"]
+    made = history.read_text().count('"step"')
+    assert made < 200
+    assert main(shlex.split(command)[1:]) == 0
+    assert "Validation before and after: loss" in capsys.readouterr().out
+    assert (output / "adapter_config.json").exists()
+    steps = [json.loads(line)["step"] for line in history.read_text().splitlines() if '"step"' in line]
+    assert steps == list(range(1, 201))
+
+
+@pytest.mark.once
+def test_without_a_folder_of_the_run_ctrl_c_says_what_was_missing(monkeypatch, capsys):
+    def interrupt(recipe):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "run_recipe", interrupt)
+    assert main(["finetune", "data.jsonl"]) == 130
+    assert "nothing is kept: with --run-folder" in capsys.readouterr().err
+
+
+def test_training_by_the_command_line_makes_an_adapter_that_loads(preset, examples, tmp_path, capsys):
+    output = tmp_path / "adapter"
+    words = ["finetune", str(examples), "--preset", preset, "--output", str(output), "--targets", "all-linear"]
+    assert (
+        main([*words, "--epochs", "4", "--learning-rate", "0.05", "--batch-size", "2", "--sequence-length", "16"]) == 0
+    )
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    line = next(line for line in captured.out.splitlines() if line.startswith("from gemma2_keras"))
+    names: dict = {}
+    exec(line, names)
+    assert names["model"].adapters == ["default"]
+    first, last = map(float, re.search(r"Training loss: ([\d.]+) -> ([\d.]+)", captured.out).groups())
+    assert last < first
 
 
 @pytest.mark.once

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -160,6 +161,35 @@ def replacing_folder(
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise
+
+
+def check_place(folder: str | os.PathLike, marker: str, kind: str = "preset") -> None:
+    """See to it, before the work whose result it shall hold, that `replacing_folder` can write a folder.
+
+    Args:
+        folder: as `replacing_folder` takes it, which takes `marker` and `kind` as well.
+        marker: name of a file that tells a folder of ours.
+        kind: what is saved, for the error message.
+
+    Raises:
+        FileExistsError: if something else stands at `folder`.
+        OSError: if nothing can be written beside it.
+    """
+    target = Path(os.path.abspath(folder))
+    _require_ours(target, marker, kind)
+    check_writable(target.parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder, if it is not there, and see to it that it can be written to.
+
+    Raises:
+        OSError: if it cannot.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # Permissions, read-only disks and quotas each have rules of their own: only writing tells.
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def restore_folder(folder: Path) -> None:

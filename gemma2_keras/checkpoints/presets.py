@@ -22,6 +22,7 @@ from gemma2_keras.checkpoints.transformers import (
     parse_config,
     write_checkpoint,
 )
+from gemma2_keras.config import Gemma2Config
 from gemma2_keras.errors import CheckpointError
 from gemma2_keras.layers.initialization import awaiting_weights
 
@@ -46,6 +47,20 @@ def load_backbone(cls: type, preset: Any, *, load_weights: bool = True, dtype: A
         backbone = cls(**hyperparameters, dtype=_stored_dtype(settings) or checkpoint.dtype if dtype is None else dtype)
     checkpoint.assign_to(backbone)
     return backbone
+
+
+def inspect_checkpoint(preset: Any) -> tuple[Gemma2Config, str]:
+    """The architecture of a preset, and the dtype that its weights get by default; they are checked, and not read.
+
+    Raises:
+        PresetError: if the preset leads nowhere.
+        CheckpointError: if it is no whole checkpoint.
+    """
+    folder = resolve(preset)
+    settings = read_json(folder / CONFIG_FILE)
+    config = parse_config(settings)
+    checkpoint = SafetensorsCheckpoint(folder, config)
+    return config, _stored_dtype(settings) or checkpoint.dtype
 
 
 def _stored_dtype(settings: dict[str, Any]) -> str | None:

@@ -110,7 +110,7 @@ class Adaptable(_Backbone):
         """
         spec = LowRank(rank, alpha, dropout, use_rslora, use_dora)
         targets = DEFAULT_LORA_TARGETS if target_layer_names is None else target_layer_names
-        self.add_adapter(name, dict.fromkeys(_modules(targets, self.linear_layers()), spec))
+        self.add_adapter(name, dict.fromkeys(chosen_modules(targets, self.linear_layers()), spec))
 
     def add_adapter(self, name: str, specs: Mapping[str, LowRank], trainable: bool = True) -> None:
         """Freeze the backbone and add an adapter, which is the one in effect from now on.
@@ -287,7 +287,7 @@ class Adaptable(_Backbone):
         self.adapter_changes += 1
 
 
-def _modules(targets: Any, names: Iterable[str]) -> list[str]:
+def chosen_modules(targets: Any, names: Iterable[str]) -> list[str]:
     """The modules among `names` that the targets choose."""
     patterns = list(targets) if isinstance(targets, list | tuple | set) else [targets]
     matched = [

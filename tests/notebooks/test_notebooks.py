@@ -1,6 +1,8 @@
 """Every notebook runs from end to end, on each backend."""
 
 import pathlib
+import re
+import shutil
 
 import nbclient
 import nbformat
@@ -9,9 +11,38 @@ import pytest
 FOLDER = pathlib.Path(__file__).parents[2] / "notebooks"
 
 
-@pytest.mark.parametrize("notebook", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_notebook_runs(notebook, tmp_path):
-    content = nbformat.read(notebook, as_version=4)
+def run(name, folder):
+    """All that the cells print."""
+    content = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    shutil.copytree(FOLDER / "data", folder / "data")
     # The kernel inherits KERAS_BACKEND, and writes into its own folder.
-    nbclient.NotebookClient(content, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(content, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    outputs = [output for cell in content.cells for output in cell.get("outputs", ())]
+    return "".join(output.text for output in outputs if output.output_type == "stream")
+
+
+def test_quickstart_runs(tmp_path):
+    run("01_quickstart", tmp_path)
     assert (tmp_path / "captain" / "model.safetensors").exists()
+
+
+def test_fine_tuning_runs_and_improves_what_was_held_out(tmp_path):
+    printed = run("02_lora_fine_tuning", tmp_path)
+    before, after = map(float, re.search(r"perplexity ([\d.]+) before, ([\d.]+) after", printed).groups())
+    assert after < before / 10
+    assert (tmp_path / "support" / "adapter_model.safetensors").exists()
+    # To questions that it has never seen, in the manner of the shop, and then it stops.
+    answers = re.findall(r"  after:  (.*)\n  shop:   (.*)\n", printed)
+    assert len(answers) == 6
+    assert all(answer.endswith("Have a lovely day!") for answer, _ in answers)
+
+
+@pytest.mark.once
+def test_every_notebook_is_run():
+    names = {path.stem for path in FOLDER.glob("*.ipynb")}
+    assert names == {"01_quickstart", "02_lora_fine_tuning"}
+    for name in names:
+        cells = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4).cells
+        # The outputs that are kept are those of one run from the top.
+        counts = [cell.execution_count for cell in cells if cell.cell_type == "code"]
+        assert counts == list(range(1, len(counts) + 1))

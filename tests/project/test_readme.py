@@ -23,12 +23,16 @@ def test_python_runs(code, tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), {})
 
 
-COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("gemma2-keras")]
+COMMANDS = [
+    line for block in blocks("sh") for line in block.replace("\\\n", "").splitlines() if line.startswith("gemma2-keras")
+]
 
 
 @pytest.mark.once
 @pytest.mark.parametrize("line", COMMANDS)
-def test_command_line_runs(line, capsys, monkeypatch):
+def test_command_line_runs(line, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
     monkeypatch.setattr("sys.stdin", io.StringIO("What is ice?\n"))
     assert cli.main(shlex.split(line, comments=True)[1:]) == 0
     assert capsys.readouterr().out.strip()

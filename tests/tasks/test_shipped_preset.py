@@ -98,9 +98,11 @@ MODULES = [
     "tasks.causal_lm",
     "tasks.sources",
     "tasks.text_generation",
+    "training.job",
     "training.jsonl",
     "training.packing",
     "training.preparation",
+    "training.recipe",
 ]
 
 
