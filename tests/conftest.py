@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before anything reads them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +15,9 @@ os.environ["MPLBACKEND"] = "Agg"
 import hypothesis
 import keras
 import pytest
+
+# A suite that a shell runs in the background starts with Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The first example of a shape compiles; only later ones are quick.
 hypothesis.settings.register_profile("default", deadline=None)

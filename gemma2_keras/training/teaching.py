@@ -28,6 +28,14 @@ class TaughtDataset(TokenDataset):
 
     Attributes:
         coverage: as given.
+
+    Example:
+
+    >>> x = {"token_ids": np.ones((1, 2), "int32"), "padding_mask": np.ones((1, 2), "int32")}
+    >>> y = {"labels": np.ones((1, 2), "int32"), "teacher_ids": np.ones((1, 2, 1), "int32"),
+    ...      "teacher_shares": np.ones((1, 2, 1), "float16")}
+    >>> TaughtDataset(0.9, x, y, np.ones((1, 2), "float32")).coverage
+    0.9
     """
 
     def __init__(self, coverage: float, *args: Any, **kwargs: Any) -> None:
