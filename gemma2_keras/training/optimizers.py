@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from typing import Any
 
 import keras
@@ -31,7 +33,7 @@ def adamw(
             `gradient_accumulation_steps`; steps that only accumulate count as steps.
 
     Raises:
-        InputError: if `warmup` or `end` is out of its range.
+        InputError: if `epochs`, `learning_rate`, `warmup` or `end` is out of its range.
 
     Example:
 
@@ -44,6 +46,13 @@ def adamw(
 
     Source: AdamW (https://arxiv.org/abs/1711.05101), cosine schedule (https://arxiv.org/abs/1608.03983).
     """
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+        raise InputError(f"`epochs` must be a whole number of at least 1; given {epochs!r}.")
+    for name, value in (("learning_rate", learning_rate), ("warmup", warmup), ("end", end)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise InputError(f"`{name}` must be a number; given {value!r}.")
+    if not 0 < learning_rate < math.inf:
+        raise InputError(f"`learning_rate` must be above 0 and finite; given {learning_rate!r}.")
     if not 0 <= warmup < 1:
         raise InputError(f"`warmup` must be at least 0 and below 1; given {warmup!r}.")
     if not 0 <= end <= 1:

@@ -234,7 +234,7 @@ def test_the_cpu_kernel_hands_on_what_is_not_a_number():
 
 
 @needs_compiler
-@pytest.mark.skipif(BACKEND == "jax", reason="the next test is of JAX")
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX calls it from within a program")
 def test_a_frozen_table_goes_to_the_cpu_kernel(monkeypatch):
     calls = []
     whole = native.expectation

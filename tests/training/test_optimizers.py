@@ -82,8 +82,20 @@ def test_no_warm_up():
 
 
 @pytest.mark.once
-@pytest.mark.parametrize(("name", "value"), [("warmup", 1.0), ("warmup", -0.1), ("end", 1.5)])
-def test_bad_shares_are_refused(name, value):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("warmup", 1.0),
+        ("warmup", -0.1),
+        ("warmup", None),
+        ("end", 1.5),
+        ("epochs", 0),
+        ("learning_rate", -1),
+        ("learning_rate", True),
+        ("learning_rate", float("nan")),
+    ],
+)
+def test_bad_numbers_are_refused(name, value):
     with pytest.raises(InputError, match=f"`{name}` must be .*; given {value}"):
         adamw(small.data(), **{name: value})
 
