@@ -87,8 +87,6 @@ def fine_tune(
         raise InputError("The model is not compiled: call `model.compile(optimizer=…)` first.")
     if resume and folder is None:
         raise InputError("`resume=True` needs the `folder` of the run.")
-    if every_steps is not None and folder is None:
-        raise InputError("`every_steps` needs a `folder` for the checkpoints of the run.")
     # Otherwise `fit` would find them, and replace the optimizer that was restored.
     model.notice_adapters()
     checkpoints = None

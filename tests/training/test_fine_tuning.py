@@ -378,7 +378,6 @@ def test_metrics_on_logits_go_on(tmp_path):
         ({"epochs": True}, "`epochs` must be"),
         ({"data": {"token_ids": 1}}, "`data` must be a TokenDataset; given dict"),
         ({"resume": True}, "`resume=True` needs the `folder`"),
-        ({"every_steps": 5}, "`every_steps` needs a `folder`"),
         ({"every_steps": 0, "folder": "run"}, "`every_steps` must be above 0, or None; given 0"),
         ({"every_minutes": -1, "folder": "run"}, "`every_minutes` must be above 0"),
     ],
