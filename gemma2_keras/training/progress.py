@@ -125,7 +125,8 @@ class TrainingProgress(keras.callbacks.ProgbarLogger):
 
 
 def _is_rewritable() -> bool:
-    return sys.stdout.isatty() or "ipykernel" in sys.modules
+    # Another package may have imported ipykernel anywhere; only in a notebook's cell does it take what is printed.
+    return sys.stdout.isatty() or type(sys.stdout).__module__ == "ipykernel.iostream"
 
 
 def _short(name: str) -> str:

@@ -74,6 +74,23 @@ def test_screen_is_written_over(monkeypatch):
         assert all(len(later) >= len(earlier.rstrip()) for earlier, later in itertools.pairwise(parts))
 
 
+def test_notebook_is_known_by_its_output(monkeypatch):
+    pytest.importorskip("ipykernel")
+    from ipykernel.iostream import OutStream
+
+    # With the kernel's package imported, a log file is still one.
+    assert not re.search(r"[\r\b\x1b]", shown(monkeypatch, io.StringIO()))
+    cell = OutStream.__new__(OutStream)
+    cell._isatty = False
+    pieces = []
+    monkeypatch.setattr(cell, "write", lambda text: pieces.append(text) or len(text), raising=False)
+    monkeypatch.setattr(cell, "flush", lambda: None)
+    monkeypatch.setattr(cell, "getvalue", lambda: "".join(pieces), raising=False)
+    text = shown(monkeypatch, cell)
+    assert text.count("\n") == 2
+    assert "━━━━────────────────" in text
+
+
 def test_epoch_that_was_broken_off_is_counted_whole(monkeypatch):
     text = shown(monkeypatch, io.StringIO(), first=3, seconds=40.0)
     assert [line.split()[2] for line in text.splitlines()][:3] == ["4/5", "5/5", "5/5"]
