@@ -6,7 +6,6 @@ Run it by `bash tools/quickstart`, which makes the environment first.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -37,49 +36,37 @@ class Example(NamedTuple):
 
 
 def read_examples(path: Path) -> list[Example]:
-    """The examples of a file: paragraphs of plain text, or JSON lines with "text", or with "prompt" and "response".
+    """The examples of a file: paragraphs of plain text, or JSON lines as `gemma2_keras.read_jsonl` takes them.
 
     Raises:
         ValueError: says what is wrong with the file, and in which line.
         OSError: if it cannot be read.
     """
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: byte {error.start}.") from error
-    if path.suffix not in (".jsonl", ".json"):
-        examples = [Example("", part.strip()) for part in content.split("\n\n") if part.strip()]
+    with quiet_imports():
+        from gemma2_keras import read_jsonl
+
+    if path.suffix in (".jsonl", ".json"):
+        records = read_jsonl(path)
+        if "messages" in records[0]:
+            raise ValueError(
+                f"{path} has conversations, for an instruction-tuned preset: gemma2-keras finetune --data {path}"
+            )
+        examples = [Example(*record.values()) if len(record) > 1 else Example("", record["text"]) for record in records]
     else:
-        lines = enumerate(content.split("\n"), start=1)
-        examples = [_parsed(path, number, line) for number, line in lines if line.strip()]
+        try:
+            content = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: byte {error.start}.") from error
+        examples = [Example("", part.strip()) for part in content.split("\n\n") if part.strip()]
     if len(examples) <= SHOWN:
         raise ValueError(f"{path} has {len(examples)} examples; at least {SHOWN + 1} are needed.")
     return examples
 
 
-def _parsed(path: Path, number: int, line: str) -> Example:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, line {number}: no JSON ({error}).") from error
-    texts = (
-        {key: value for key, value in entry.items() if isinstance(value, str) and value.strip()}
-        if isinstance(entry, dict)
-        else {}
-    )
-    if texts.get("text"):
-        return Example("", texts["text"])
-    if not (texts.get("prompt") and texts.get("response")):
-        raise ValueError(
-            f'{path}, line {number}: needs "text", or "prompt" and "response", as texts that are not empty.'
-        )
-    return Example(texts["prompt"], texts["response"])
-
-
 def run(data: Path) -> None:
     """Do the job on one file of examples."""
-    examples = read_examples(data)
     start = time.perf_counter()
+    examples = read_examples(data)
     with quiet_imports():
         import keras
 

@@ -261,21 +261,34 @@ def _alone_in(folder: Path, wait: bool = True) -> Iterator[bool]:
     Yields:
         Whether that was possible; file systems without locks, and Windows, do not.
     """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield lock(descriptor, wait) is True
+    finally:
+        os.close(descriptor)
+
+
+def lock(descriptor: int, wait: bool = True) -> bool | None:
+    """Keep others who ask away from what is open, until it is closed, or the process ends.
+
+    Args:
+        descriptor: of a file or folder.
+        wait: whether to wait for one who has it.
+
+    Returns:
+        Whether it is kept now; `None` where nobody can be kept away, as on file systems without locks and on Windows.
+    """
     try:
         import fcntl
     except ImportError:
-        yield False
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+        return None
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            alone = True
-        except OSError:
-            alone = False
-        yield alone
-    finally:
-        os.close(descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return True
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

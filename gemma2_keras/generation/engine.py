@@ -15,6 +15,7 @@ from keras import ops
 
 from gemma2_keras.config import Gemma2Config
 from gemma2_keras.layers.cache import ChunkCache, StepCache, with_chunk
+from gemma2_keras.layers.lean import lean
 from gemma2_keras.ops.cache import tokens_at_slots
 
 Cache = dict[str, Any]
@@ -160,6 +161,7 @@ def _positions_of_slots(lengths: Any, layers: list[tuple[Any, Any]]) -> tuple[An
 
 def _run(backbone: Any, token_ids: Any, context: Any, caches: list) -> Any:
     x = backbone.token_embedding(token_ids)
-    for layer, cache in zip(backbone.transformer_layers, caches, strict=True):
-        x = layer(x, context=context, cache=cache)
-    return backbone.layer_norm(x)
+    with lean(backbone):
+        for layer, cache in zip(backbone.transformer_layers, caches, strict=True):
+            x = layer(x, context=context, cache=cache)
+        return backbone.layer_norm(x)

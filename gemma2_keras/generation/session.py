@@ -14,8 +14,10 @@ from keras import ops
 from gemma2_keras.errors import InputError
 from gemma2_keras.generation import engine, loop
 from gemma2_keras.generation.native import NativeModel, is_supported
+from gemma2_keras.generation.pace import Pace
+from gemma2_keras.generation.processors import processed, require_choice
 from gemma2_keras.generation.programs import Engine
-from gemma2_keras.generation.sampling import EXCLUDED, GREEDY, Sampling, adjusted, kept, noise
+from gemma2_keras.generation.sampling import GREEDY, Sampling, adjusted, kept, noise
 from gemma2_keras.kernels import STATIC_SHAPES
 from gemma2_keras.ops.masks import PADDING
 
@@ -221,7 +223,7 @@ class Session:
         plain = sampling.is_greedy and not sampling.uses and not sampling.logits_processors
         run = self._greedy if self._native is not None and plain else self._sampled
         self._ended.clear()
-        for made in run(np.asarray(limits, "int32"), tuple(stop_ids), _Pace(burst, pause), sampling, seeds):
+        for made in run(np.asarray(limits, "int32"), tuple(stop_ids), Pace(burst, pause), sampling, seeds):
             for row, tokens in enumerate(made):
                 if tokens:
                     self.ids[row] += tokens
@@ -234,7 +236,7 @@ class Session:
         """End rows that `generate` is making."""
         self._ended.update(rows)
 
-    def _greedy(self, left: np.ndarray, stop_ids: tuple[int, ...], pace: _Pace, *_: Any) -> Iterator[list[list[int]]]:
+    def _greedy(self, left: np.ndarray, stop_ids: tuple[int, ...], pace: Pace, *_: Any) -> Iterator[list[list[int]]]:
         """With the kernels: choosing the likeliest token is part of the step."""
         assert self._native is not None
         finished = (left <= 0).astype("uint8")
@@ -257,7 +259,7 @@ class Session:
             yield [row[:count].tolist() for row, count in zip(new, before - left, strict=True)]
 
     def _sampled(
-        self, left: np.ndarray, stop_ids: tuple[int, ...], pace: _Pace, sampling: Sampling, seeds: Any
+        self, left: np.ndarray, stop_ids: tuple[int, ...], pace: Pace, sampling: Sampling, seeds: Any
     ) -> Iterator[list[list[int]]]:
         """Any way of choosing, on any backend."""
         values, uses = sampling.values(self._programs.backbone.config.vocabulary_size), sampling.uses
@@ -318,8 +320,8 @@ class Session:
         if sampling.logits_processors:
             going = np.flatnonzero(~_numpy(state["finished"]))
             for processor in sampling.logits_processors:
-                logits = _processed(processor, [list(row) for row in self.ids], _numpy(logits), going)
-            _require_choice(logits, values, going)
+                logits = processed(processor, [list(row) for row in self.ids], _numpy(logits), going)
+            require_choice(logits, values, going)
         if sampling.sampler is None:
             state = self._programs.pick(logits, state, chance, values, stops, uses=sampling.uses)
         else:
@@ -329,28 +331,6 @@ class Session:
             tokens = sampling.sampler.get_next_token(sampling.sampler.compute_probabilities(logits))
             state = self._programs.note(ops.cast(tokens, "int32"), state, stops)
         return state, _numpy(state["tokens"])[:, None]
-
-
-class _Pace:
-    """How many steps to run at once, so that they take about as long as the caller may wait.
-
-    Args:
-        most: most steps.
-        pause: seconds.
-
-    Attributes:
-        steps: how many to run next: one, as long as nothing is known of how long it takes and that matters.
-    """
-
-    def __init__(self, most: int, pause: float) -> None:
-        self.most = most
-        self.steps = most if pause == math.inf else 1
-        self._pause = pause
-
-    def note(self, steps: int, seconds: float) -> None:
-        """So many steps took so long."""
-        wanted = steps * self._pause / max(seconds, 1e-9)
-        self.steps = self.most if wanted >= self.most else max(1, int(wanted))
 
 
 def _packed(waiting: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
@@ -368,48 +348,6 @@ def _packed(waiting: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int
             start = stop
     if some:
         yield some
-
-
-def _processed(processor: Any, ids: list[list[int]], logits: np.ndarray, going: np.ndarray) -> np.ndarray:
-    """(B, V) logits as a processor returns them, checked in the rows that go on."""
-    name = getattr(processor, "__name__", type(processor).__name__)
-    returned = processor(ids, logits.copy())
-    try:
-        changed = np.asarray(returned, "float32")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"Logits processor {name} must return logits of shape {logits.shape} as an array; it gave "
-            f"{type(returned).__name__}, which is none ({error})."
-        ) from error
-    if changed.shape != logits.shape:
-        given = "nothing: does it lack a `return`?" if returned is None else f"shape {changed.shape}."
-        raise InputError(f"Logits processor {name} must return logits of shape {logits.shape}; it gave {given}")
-    for row, top in zip(going, changed[going].max(axis=1), strict=True):
-        # The greatest is NaN where any is.
-        if np.isnan(top):
-            what = "NaN"
-        elif top <= EXCLUDED:
-            what = "-inf for every token"
-        elif top == np.inf == changed[row].min():
-            what = "inf for every token"
-        else:
-            continue
-        raise InputError(
-            f"Logits processor {name} returned {what} in row {row}, from which no token can be chosen: return finite "
-            "logits, and -inf only for tokens to leave out."
-        )
-    return np.clip(changed, EXCLUDED, -EXCLUDED)
-
-
-def _require_choice(logits: np.ndarray, values: dict[str, Any], going: np.ndarray) -> None:
-    """Refuse a row in which `forbidden_tokens` leave out all that the processors have left."""
-    if "bias" in values:
-        left = (logits[going] + values["bias"] > EXCLUDED).any(axis=1)
-        if not left.all():
-            raise InputError(
-                f"`logits_processors` and `forbidden_tokens` together leave no token to choose in row "
-                f"{going[~left][0]}: let one of them allow at least one."
-            )
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

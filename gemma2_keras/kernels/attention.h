@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -13,121 +14,132 @@
 
 namespace {
 
-// A block of queries of one key head of one row, with a running softmax over blocks of keys, so that no matrix of
-// scores exists; blocks of keys that none of the queries may see are skipped.
-constexpr int64_t kQueries = 16, kKeys = 64;
+constexpr int64_t kKeys = 64;
 
+// Some queries with all heads of one key head's group, rows in turn, over blocks of keys with a running softmax: no
+// matrix of scores exists, and blocks of keys that none of the queries may see are skipped.
 template <class C>
-void attend_block(const C* q, const C* k, const C* v, C* out, const uint8_t* mask, int64_t queries, int64_t S,
-                  int64_t N, int64_t K, int64_t H, int64_t head, float scale, float cap, float* normaliser, int64_t T,
-                  Floats& memory) {
-  const int64_t G = N / K, rows = queries * G;
-  const int64_t needed = H * kKeys + rows * (2 * H + kKeys + 2) + kKeys;
-  if (int64_t(memory.size()) < needed) memory.resize(needed);
-  float* keys = memory.data();           // (H, kKeys), transposed
-  float* query = keys + H * kKeys;       // (rows, H), scaled
-  float* mixed = query + rows * H;       // (rows, H)
-  float* scores = mixed + rows * H;      // (rows, kKeys)
-  float* most = scores + rows * kKeys;   // (rows,)
-  float* total = most + rows;            // (rows,)
-  for (int64_t t = 0; t < queries; t++)
-    for (int64_t g = 0; g < G; g++)
-      for (int64_t h = 0; h < H; h++) query[(t * G + g) * H + h] = to_float(q[(t * N + head * G + g) * H + h]) * scale;
-  std::memset(mixed, 0, rows * H * sizeof(float));
-  for (int64_t r = 0; r < rows; r++) most[r] = -INFINITY, total[r] = 0;
-  for (int64_t from = 0; from < S; from += kKeys) {
-    const int64_t count = S - from < kKeys ? S - from : kKeys;
-    uint8_t seen = 0;
-    for (int64_t t = 0; t < queries; t++)
-      for (int64_t s = 0; s < count; s++) seen |= mask[t * S + from + s];
-    if (!seen) continue;
+class QueryBlock {
+ public:
+  QueryBlock(int64_t T, int64_t S, int64_t N, int64_t K, int64_t H, float scale, float cap)
+      : T_(T), S_(S), N_(N), K_(K), G_(N / K), H_(H), queries_(queries(G_)),
+        rows_(round_up(queries_ * G_, kTileColumns)), width_(round_up(H, kTileColumns)), stride_(width_ + kLanes),
+        scale_(scale), cap_(cap), q_(H * rows_), k_(kKeys * stride_), v_(kKeys * stride_), scores_(kKeys * rows_),
+        mixed_(rows_ * width_), most_(rows_), total_(rows_) {}
+
+  // How many queries make a block: their rows are the lanes of a tile.
+  static int64_t queries(int64_t group) { return std::max(kTileColumns / group, int64_t(1)); }
+
+  // The first `count` queries, as many as a block has or fewer, of key head `head`.
+  void run(const C* q, const C* k, const C* v, C* out, const uint8_t* mask, float* normaliser, int64_t head,
+           int64_t count) {
+    std::fill(q_.begin(), q_.end(), 0.0f);
+    for (int64_t r = 0; r < count * G_; r++)
+      for (int64_t h = 0; h < H_; h++) q_[h * rows_ + r] = to_float(q[row(r, head) + h]) * scale_;
+    std::fill(mixed_.begin(), mixed_.end(), 0.0f);
+    std::fill(most_.begin(), most_.end(), -INFINITY);
+    std::fill(total_.begin(), total_.end(), 0.0f);
+    for (int64_t from = 0; from < S_; from += kKeys) {
+      const int64_t keys = std::min(S_ - from, kKeys);
+      uint8_t any = 0, every = 1;
+      for (int64_t t = 0; t < count; t++)
+        for (int64_t s = 0; s < keys; s++) {
+          const uint8_t sees = mask[t * S_ + from + s];
+          any |= sees;
+          every &= sees;
+        }
+      if (!any) continue;
+      copy(k + (from * K_ + head) * H_, keys, k_.data());
+      copy(v + (from * K_ + head) * H_, keys, v_.data());
+      add(keys, every ? nullptr : mask + from, count);
+    }
+    for (int64_t r = 0; r < count * G_; r++) {
+      // A query that sees nothing averages over all, as a softmax over equal scores does.
+      if (most_[r] == -INFINITY) average(v + head * H_, &mixed_[r * width_]);
+      const float factor = 1.0f / (total_[r] > 0 ? total_[r] : float(S_));
+      if (normaliser) normaliser[(head * G_ + r % G_) * T_ + r / G_] = most_[r] + std::log(total_[r]);
+      for (int64_t h = 0; h < H_; h++) store(out + row(r, head) + h, mixed_[r * width_ + h] * factor);
+    }
+  }
+
+ private:
+  // Where a row's numbers begin.
+  int64_t row(int64_t r, int64_t head) const { return (r / G_ * N_ + head * G_ + r % G_) * H_; }
+
+  // Keys or values of one head as float32, in rows that do not all begin in one set of the cache.
+  void copy(const C* from, int64_t keys, float* to) const {
     for (int64_t s = 0; s < kKeys; s++)
-      for (int64_t h = 0; h < H; h++)
-        keys[h * kKeys + s] = s < count ? to_float(k[((from + s) * K + head) * H + h]) : 0.0f;
-    constexpr int kVectors = kKeys / kLanes, kTile = 4;
-    for (int64_t r = 0; r < rows; r += kTile) {
-      const int64_t tile = rows - r < kTile ? rows - r : kTile;
-      Vec sums[kTile][kVectors] = {};
-      for (int64_t h = 0; h < H; h++)
-        for (int i = 0; i < kTile; i++) {
-          const float factor = query[(r + (i < tile ? i : 0)) * H + h];
-          for (int j = 0; j < kVectors; j++) sums[i][j] += load(keys + h * kKeys + j * kLanes) * factor;
-        }
-      for (int64_t i = 0; i < tile; i++)
-        for (int j = 0; j < kVectors; j++) save(scores + (r + i) * kKeys + j * kLanes, sums[i][j]);
-    }
-    for (int64_t r = 0; r < rows; r++) {
-      float* row = scores + r * kKeys;
-      const uint8_t* visible = mask + r / G * S + from;
-      float top = most[r];
-      map(row, kKeys, [&](Vec x, int64_t) { return soft_cap(x, cap); });
-      for (int64_t s = 0; s < kKeys; s++) {
-        if (s >= count || !visible[s]) row[s] = -INFINITY;
-        top = row[s] > top ? row[s] : top;
-      }
-      if (top == -INFINITY) {
-        std::memset(row, 0, kKeys * sizeof(float));
-        continue;
-      }
-      const float shrink = most[r] == -INFINITY ? 0.0f : std::exp(most[r] - top);
-      map(row, kKeys, [&](Vec x, int64_t) { return choose(x == all(-INFINITY), all(0.0f), exponential(x - top)); });
-      float added = 0;
-      for (int64_t s = 0; s < kKeys; s++) added += row[s];
-      total[r] = total[r] * shrink + added;
-      most[r] = top;
-      if (shrink != 1.0f) map(mixed + r * H, H, [&](Vec x, int64_t) { return x * shrink; });
-    }
-    for (int64_t r = 0; r < rows; r += kTile) {
-      const int64_t tile = rows - r < kTile ? rows - r : kTile;
-      int64_t h = 0;
-      for (; h + kLanes <= H; h += kLanes) {
-        Vec sums[kTile];
-        for (int64_t i = 0; i < kTile; i++) sums[i] = load(mixed + (r + (i < tile ? i : 0)) * H + h);
-        for (int64_t s = 0; s < count; s++) {
-          Vec value = load(v + ((from + s) * K + head) * H + h);
-          for (int64_t i = 0; i < kTile; i++) sums[i] += value * scores[(r + (i < tile ? i : 0)) * kKeys + s];
-        }
-        for (int64_t i = 0; i < tile; i++) save(mixed + (r + i) * H + h, sums[i]);
-      }
-      for (; h < H; h++)
-        for (int64_t i = 0; i < tile; i++)
-          for (int64_t s = 0; s < count; s++)
-            mixed[(r + i) * H + h] += to_float(v[((from + s) * K + head) * H + h]) * scores[(r + i) * kKeys + s];
-    }
+      for (int64_t h = 0; h < H_; h++) to[s * stride_ + h] = s < keys ? to_float(from[s * K_ * H_ + h]) : 0.0f;
   }
-  // A query that sees nothing averages over all, as a softmax over equal scores does.
-  bool blind = false;
-  for (int64_t r = 0; r < rows; r++) blind |= most[r] == -INFINITY;
-  if (blind) {
-    float* mean = query;
-    std::memset(mean, 0, H * sizeof(float));
-    for (int64_t s = 0; s < S; s++)
-      for (int64_t h = 0; h < H; h++) mean[h] += to_float(v[(s * K + head) * H + h]);
-    for (int64_t r = 0; r < rows; r++)
-      if (most[r] == -INFINITY) std::memcpy(mixed + r * H, mean, H * sizeof(float));
+
+  void average(const C* values, float* mean) const {
+    std::fill(mean, mean + H_, 0.0f);
+    for (int64_t s = 0; s < S_; s++)
+      for (int64_t h = 0; h < H_; h++) mean[h] += to_float(values[s * K_ * H_ + h]);
   }
-  for (int64_t t = 0; t < queries; t++)
-    for (int64_t g = 0; g < G; g++) {
-      const int64_t r = t * G + g;
-      const float factor = 1.0f / (total[r] > 0 ? total[r] : float(S));
-      if (normaliser) normaliser[(head * G + g) * T + t] = most[r] + std::log(total[r]);
-      for (int64_t h = 0; h < H; h++) store(out + (t * N + head * G + g) * H + h, mixed[r * H + h] * factor);
+
+  // Adds a block of keys; `mask` is that of the first query at the first key, or null if all see all of them.
+  void add(int64_t keys, const uint8_t* mask, int64_t count) {
+    float* scores = scores_.data();
+    multiply<false>(k_.data(), stride_, 1, q_.data(), rows_, H_, scores, rows_, kKeys, rows_);
+    std::fill(scores + keys * rows_, scores + kKeys * rows_, 0.0f);
+    for (int64_t first = 0; first < rows_; first += kLanes) {
+      const Vec before = load(&most_[first]);
+      Vec most = before;
+      for (int64_t s = 0; s < keys; s++) {
+        float* at = scores + s * rows_ + first;
+        Vec x = soft_cap(load(at), cap_);
+        if (mask) x = choose(visible(mask + s, first, count), x, all(-INFINITY));
+        save(at, x);
+        most = choose(x > most, x, most);
+      }
+      const Vec base = choose(most == all(-INFINITY), all(0.0f), most);
+      Vec total = {};
+      for (int64_t s = 0; s < keys; s++) {
+        float* at = scores + s * rows_ + first;
+        const Vec x = load(at);
+        Vec share = exponential(x - base);
+        if (mask) share = choose(x == all(-INFINITY), all(0.0f), share);
+        total += share;
+        save(at, share);
+      }
+      for (int lane = 0; lane < kLanes; lane++) {
+        if (before[lane] == most[lane]) continue;
+        const float shrink = std::exp(before[lane] - most[lane]);
+        total_[first + lane] *= shrink;
+        map(&mixed_[(first + lane) * width_], width_, [&](Vec x, int64_t) { return x * shrink; });
+      }
+      save(&most_[first], most);
+      save(&total_[first], load(&total_[first]) + total);
     }
-}
+    multiply<true>(scores, 1, rows_, v_.data(), stride_, kKeys, mixed_.data(), width_, rows_, width_);
+  }
+
+  // Which of the rows of a vector see a key; rows beyond the last one see what it sees.
+  IntVec visible(const uint8_t* mask, int64_t first, int64_t count) const {
+    IntVec sees;
+    for (int64_t lane = 0; lane < kLanes; lane++) sees[lane] = mask[std::min((first + lane) / G_, count - 1) * S_];
+    return sees != 0;
+  }
+
+  const int64_t T_, S_, N_, K_, G_, H_, queries_, rows_, width_, stride_;
+  const float scale_, cap_;
+  Floats q_, k_, v_, scores_, mixed_, most_, total_;
+};
 
 template <class C>
 void attend(const C* q, const C* k, const C* v, C* out, const uint8_t* mask, int64_t B, int64_t T, int64_t S,
             int64_t N, int64_t K, int64_t H, float scale, float cap, int threads, float* normaliser) {
-  const int64_t blocks = (T + kQueries - 1) / kQueries;
+  const int64_t queries = QueryBlock<C>::queries(N / K), blocks = (T + queries - 1) / queries;
   std::atomic<int64_t> next{0};
-  team(threads, [&](int) {
-    Floats memory;
+  in_parallel(threads, [&](int) {
+    QueryBlock<C> block(T, S, N, K, H, scale, cap);
     // Late queries see most keys: they go first, so that threads end together.
     for (int64_t i; (i = next.fetch_add(1)) < B * K * blocks;) {
-      const int64_t block = blocks - 1 - i / (B * K), b = i % (B * K) / K, head = i % K, from = block * kQueries;
-      attend_block(q + (b * T + from) * N * H, k + b * S * K * H, v + b * S * K * H, out + (b * T + from) * N * H,
-                   mask + (b * T + from) * S, T - from < kQueries ? T - from : kQueries, S, N, K, H, head, scale, cap,
-                   normaliser ? normaliser + b * N * T + from : nullptr, T, memory);
+      const int64_t b = i % (B * K) / K, from = (blocks - 1 - i / (B * K)) * queries;
+      block.run(q + (b * T + from) * N * H, k + b * S * K * H, v + b * S * K * H, out + (b * T + from) * N * H,
+                mask + (b * T + from) * S, normaliser ? normaliser + b * N * T + from : nullptr, i % K,
+                std::min(T - from, queries));
     }
   });
 }
@@ -238,7 +250,7 @@ void attend_gradient(const C* q, const C* k, const C* v, const C* out, const C* 
                      C* k_gradient, C* v_gradient, const uint8_t* mask, const float* normaliser, int64_t B, int64_t T,
                      int64_t S, int64_t N, int64_t K, int64_t H, float scale, float cap, int threads) {
   std::atomic<int64_t> next{0};
-  team(threads, [&](int) {
+  in_parallel(threads, [&](int) {
     for (int64_t i; (i = next.fetch_add(1)) < B * K;) {
       const int64_t b = i / K, queries = b * T * N * H, keys = b * S * K * H;
       HeadGradient<C> head(mask + b * T * S, normaliser + b * N * T, T, S, N, K, H, i % K, scale, cap);

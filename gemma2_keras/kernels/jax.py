@@ -22,13 +22,19 @@ from gemma2_keras.ops.cross_entropy import (
     sparse_targets,
     tokens_at_once,
 )
+from gemma2_keras.ops.feed_forward import gated_gelu
+from gemma2_keras.ops.norm import rms_norm
+from gemma2_keras.ops.rotary import apply_rotary
 
 __all__ = [
     "STATIC_SHAPES",
+    "apply_rotary",
     "attention",
     "compiled",
+    "gated_gelu",
     "linear",
     "projected_cross_entropy",
+    "rms_norm",
     "stored",
     "tensor",
     "write_slots",

@@ -6,6 +6,7 @@
 
 #include "attention.h"
 #include "decode.h"
+#include "elementwise.h"
 #include "expectation.h"
 
 #if defined(__linux__)
@@ -81,6 +82,41 @@ void gemma2_expectation(int64_t bfloat16, const void* states, const void* table,
     using T = decltype(element);
     expectation(static_cast<const T*>(states), static_cast<const T*>(table), M, D, V, float(cap), threads, normaliser,
                 first, expected);
+  };
+  bfloat16 ? run(Bfloat16{}) : run(float{});
+}
+
+// Offers the threads of an OpenMP library: its `GOMP_parallel`.
+void gemma2_share_threads(void* start) { start_threads = reinterpret_cast<StartThreads>(start); }
+
+// The rows of (rows, D) at unit mean square, times 1 + weight.
+void gemma2_rms_norm(int64_t bfloat16, int64_t weight_bfloat16, const void* x, const void* weight, void* y,
+                     int64_t rows, int64_t D, double epsilon, int threads) {
+  const auto run = [&](auto element, auto factor) {
+    using C = decltype(element);
+    using W = decltype(factor);
+    rms_norm(static_cast<const C*>(x), static_cast<const W*>(weight), static_cast<C*>(y), rows, D, float(epsilon),
+             threads);
+  };
+  const auto chosen = [&](auto element) { weight_bfloat16 ? run(element, Bfloat16{}) : run(element, float{}); };
+  bfloat16 ? chosen(Bfloat16{}) : chosen(float{});
+}
+
+// gelu(gate) * up of n numbers.
+void gemma2_gated_gelu(int64_t bfloat16, const void* gate, const void* up, void* y, int64_t n, int threads) {
+  const auto run = [&](auto element) {
+    using C = decltype(element);
+    gated_gelu(static_cast<const C*>(gate), static_cast<const C*>(up), static_cast<C*>(y), n, threads);
+  };
+  bfloat16 ? run(Bfloat16{}) : run(float{});
+}
+
+// (rows, heads, H) numbers turned by the float32 (rows, H / 2) cosines and sines.
+void gemma2_rotate(int64_t bfloat16, const void* x, const float* cosine, const float* sine, void* y, int64_t rows,
+                   int64_t heads, int64_t H, int threads) {
+  const auto run = [&](auto element) {
+    using C = decltype(element);
+    rotate(static_cast<const C*>(x), cosine, sine, static_cast<C*>(y), rows, heads, H, threads);
   };
   bfloat16 ? run(Bfloat16{}) : run(float{});
 }

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread", "-ffp-contract=fast", "-fno-math-errno")
-_HEADERS = ("attention.h", "decode.h", "expectation.h", "team.h", "tiles.h", "vectors.h")
+_HEADERS = ("attention.h", "decode.h", "elementwise.h", "expectation.h", "team.h", "tiles.h", "vectors.h")
 _COMPILE_SECONDS = 120
 # Of DLPack's device types.
 _CPU = 1
@@ -70,6 +70,10 @@ _SIGNATURES: dict[str, tuple[Any, tuple]] = {
     "gemma2_attend": (None, (_Long, *[_Pointer] * 6, *[_Long] * 6, _Double, _Double, _Int)),
     "gemma2_attend_gradient": (None, (_Long, *[_Pointer] * 10, *[_Long] * 6, _Double, _Double, _Int)),
     "gemma2_expectation": (None, (_Long, *[_Pointer] * 2, *[_Long] * 3, _Double, _Int, *[_Pointer] * 3)),
+    "gemma2_share_threads": (None, (_Pointer,)),
+    "gemma2_rms_norm": (None, (*[_Long] * 2, *[_Pointer] * 3, *[_Long] * 2, _Double, _Int)),
+    "gemma2_gated_gelu": (None, (_Long, *[_Pointer] * 3, _Long, _Int)),
+    "gemma2_rotate": (None, (_Long, *[_Pointer] * 4, *[_Long] * 3, _Int)),
     "gemma2_use_huge_pages": (None, (_Pointer, _Long)),
 }
 

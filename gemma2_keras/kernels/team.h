@@ -42,6 +42,31 @@ void team(int threads, const std::function<void(int)>& work) {
   for (auto& other : others) other.join();
 }
 
+// How OpenMP starts a function on several threads (libgomp's ABI); null if no pool was offered.
+using StartThreads = void (*)(void (*)(void*), void*, unsigned, unsigned);
+inline StartThreads start_threads = nullptr;
+
+// Calls `work` for [0, parts), by the threads of another library if they were offered: they spin for a while after each
+// of its operations, and ours would have to wait for that. Parts must not wait for one another.
+template <class Work>
+void in_parallel(int parts, const Work& work) {
+  struct Call {
+    const Work& work;
+    const int parts;
+    std::atomic<int> next;
+    static void run(void* self) {
+      auto& call = *static_cast<Call*>(self);
+      for (int part; (part = call.next.fetch_add(1)) < call.parts;) call.work(part);
+    }
+  } call{work, parts, {0}};
+  if (parts == 1)
+    work(0);
+  else if (start_threads)
+    start_threads(Call::run, &call, unsigned(parts), 0);
+  else
+    team(parts, [&](int) { Call::run(&call); });
+}
+
 // Hands out ranges of [0, n): long ones first, since memory serves long streams best, short ones to end together.
 class Ranges {
  public:

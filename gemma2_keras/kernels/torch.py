@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -20,14 +23,20 @@ from gemma2_keras.ops.cross_entropy import (
     sparse_targets,
     tokens_at_once,
 )
+from gemma2_keras.ops.feed_forward import gated_gelu as portable_gated_gelu
 from gemma2_keras.ops.linear import linear
+from gemma2_keras.ops.norm import rms_norm as portable_rms_norm
+from gemma2_keras.ops.rotary import apply_rotary as portable_apply_rotary
 
 __all__ = [
     "STATIC_SHAPES",
+    "apply_rotary",
     "attention",
     "compiled",
+    "gated_gelu",
     "linear",
     "projected_cross_entropy",
+    "rms_norm",
     "stored",
     "tensor",
     "write_slots",
@@ -35,13 +44,36 @@ __all__ = [
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
+
+def _library() -> Any:
+    """The CPU kernels; `None` where they cannot be compiled."""
+    library = native.library()
+    if library is not None:
+        _share_threads(library)
+    return library
+
+
+@functools.cache
+def _share_threads(library: Any) -> None:
+    """Offer the kernels PyTorch's own threads, where it has OpenMP."""
+    openmp = sorted(Path(torch.__file__).parent.glob("lib/libgomp*"))
+    if openmp:
+        library.gemma2_share_threads(ctypes.cast(ctypes.CDLL(str(openmp[0])).GOMP_parallel, ctypes.c_void_p))
+
+
 # Whether a program is compiled anew for other shapes.
 STATIC_SHAPES = False
 
 
+def _take(*tensors: Any) -> bool:
+    """Whether our CPU kernels take such tensors: not where PyTorch traces its operations."""
+    fit = all(x.device.type == "cpu" and x.dtype in _NATIVE_DTYPES for x in tensors)
+    return fit and not torch.compiler.is_compiling() and _library() is not None
+
+
 def attention(query: Any, key: Any, value: Any, mask: Any, scale: float, cap: float | None) -> Any:
     """As `ops.attention.attention`, without a matrix of scores on a CPU."""
-    if native.library() is None or query.device.type != "cpu" or query.dtype not in _NATIVE_DTYPES:
+    if not _take(query):
         return portable.attention(query, key, value, mask, scale, cap)
     return _Attention.apply(query, key, value, mask, scale, cap)
 
@@ -55,7 +87,7 @@ class _Attention(torch.autograd.Function):
         kept = any(ctx.needs_input_grad)
         normaliser = torch.empty((batch, heads, length) if kept else (0,))
         ctx.sizes = (batch, length, key.shape[1], heads, key.shape[2], size, scale, cap or 0.0, native.threads())
-        native.library().gemma2_attend(
+        _library().gemma2_attend(
             query.dtype == torch.bfloat16,
             *(x.data_ptr() for x in (query, key, value, mixed, mask)),
             normaliser.data_ptr() if kept else None,
@@ -69,10 +101,53 @@ class _Attention(torch.autograd.Function):
         query, key, value, mixed, mask, normaliser = ctx.saved_tensors
         found = [torch.empty_like(x) for x in (query, key, value)]
         given = (query, key, value, mixed, gradient.contiguous(), *found, mask, normaliser)
-        native.library().gemma2_attend_gradient(
-            query.dtype == torch.bfloat16, *(x.data_ptr() for x in given), *ctx.sizes
-        )
+        _library().gemma2_attend_gradient(query.dtype == torch.bfloat16, *(x.data_ptr() for x in given), *ctx.sizes)
         return *found, None, None, None
+
+
+def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
+    """As `ops.norm.rms_norm`; on a CPU in one pass, where no gradients are recorded."""
+    weight = keras.ops.convert_to_tensor(weight)
+    if not _in_one_pass(x, weight):
+        return portable_rms_norm(x, weight, epsilon)
+    x, weight, y = x.contiguous(), weight.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+    _library().gemma2_rms_norm(
+        *(tensor.dtype == torch.bfloat16 for tensor in (x, weight)),
+        *(tensor.data_ptr() for tensor in (x, weight, y)),
+        *(len(weight) and x.numel() // len(weight), len(weight), epsilon, native.threads()),
+    )
+    return y
+
+
+def gated_gelu(gate: Any, up: Any) -> Any:
+    """As `ops.feed_forward.gated_gelu`; on a CPU in one pass, where no gradients are recorded."""
+    if not _in_one_pass(gate, up) or gate.dtype != up.dtype:
+        return portable_gated_gelu(gate, up)
+    gate, up, y = gate.contiguous(), up.contiguous(), torch.empty(gate.shape, dtype=gate.dtype)
+    _library().gemma2_gated_gelu(
+        y.dtype == torch.bfloat16, *(x.data_ptr() for x in (gate, up, y)), y.numel(), native.threads()
+    )
+    return y
+
+
+def apply_rotary(x: Any, cosine: Any, sine: Any) -> Any:
+    """As `ops.rotary.apply_rotary`; on a CPU in one pass, where no gradients are recorded."""
+    if not _in_one_pass(x):
+        return portable_apply_rotary(x, cosine, sine)
+    batch, length, heads, size = x.shape
+    cosine, sine = (table.expand(batch, length, 1, size // 2).contiguous() for table in (cosine, sine))
+    x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+    _library().gemma2_rotate(
+        y.dtype == torch.bfloat16,
+        *(tensor.data_ptr() for tensor in (x, cosine, sine, y)),
+        *(batch * length, heads, size, native.threads()),
+    )
+    return y
+
+
+def _in_one_pass(*tensors: Any) -> bool:
+    """Whether a kernel without a gradient takes them."""
+    return not torch.is_grad_enabled() and _take(*tensors)
 
 
 def projected_cross_entropy(
@@ -102,7 +177,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, table, targets, weights, cap, terms, training, table_trains, taught):
         hidden, table = hidden.detach().contiguous(), table.detach().contiguous()
         table_trains = training and table_trains
-        fast = native.library() is not None and hidden.device.type == "cpu" and hidden.dtype == torch.float32
+        fast = _take(hidden) and hidden.dtype == torch.float32
         # Of bfloat16 numbers PyTorch's products are faster; of the gradient of the table, the mean of all logits and
         # other words than the label the kernel knows nothing.
         if fast and len(hidden) and not (table_trains or terms.label_smoothing or taught):

@@ -63,6 +63,16 @@ inline Vec load(const Bfloat16* p) {
   return x;
 }
 inline void save(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
+inline void save(Bfloat16* p, Vec x) {
+  BitVec bits, number;
+  const IntVec is_number = x == x;
+  std::memcpy(&bits, &x, sizeof bits);
+  std::memcpy(&number, &is_number, sizeof number);
+  // As `store` does it.
+  bits = (((bits + 0x7fff + ((bits >> 16) & 1)) & number) | ((bits | 0x400000) & ~number)) >> 16;
+  const HalfVec half = __builtin_convertvector(bits, HalfVec);
+  std::memcpy(p, &half, sizeof half);
+}
 
 inline Vec all(float x) { return x - Vec{}; }
 typedef float Half __attribute__((vector_size(32)));

@@ -5,13 +5,13 @@ from __future__ import annotations
 import keras
 from keras import ops
 
-from gemma2_keras.kernels import attention
+from gemma2_keras.kernels import apply_rotary, attention
+from gemma2_keras.layers.lean import LeanLayer
 from gemma2_keras.layers.linear import Linear
-from gemma2_keras.ops.rotary import apply_rotary
 
 
 @keras.saving.register_keras_serializable(package="gemma2_keras")
-class Attention(keras.layers.Layer):
+class Attention(LeanLayer):
     """Grouped-query attention with rotary positions and soft-capped scores.
 
     Args:

@@ -6,11 +6,12 @@ import keras
 
 from gemma2_keras.layers.attention import Attention
 from gemma2_keras.layers.feed_forward import FeedForward
+from gemma2_keras.layers.lean import LeanLayer
 from gemma2_keras.layers.norm import RMSNorm
 
 
 @keras.saving.register_keras_serializable(package="gemma2_keras")
-class DecoderBlock(keras.layers.Layer):
+class DecoderBlock(LeanLayer):
     """Attention and feed-forward, each `x + norm(branch(norm(x)))`.
 
     Args:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import keras
 
+from gemma2_keras.kernels import gated_gelu
+from gemma2_keras.layers.lean import LeanLayer
 from gemma2_keras.layers.linear import Linear
-from gemma2_keras.ops.feed_forward import gated_gelu
 
 
 @keras.saving.register_keras_serializable(package="gemma2_keras")
-class FeedForward(keras.layers.Layer):
+class FeedForward(LeanLayer):
     """`down(gelu(gate(x)) * up(x))`.
 
     Args:

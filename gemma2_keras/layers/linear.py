@@ -10,6 +10,7 @@ from keras import ops
 
 from gemma2_keras.kernels import linear
 from gemma2_keras.layers.initialization import weight_initializer
+from gemma2_keras.layers.lean import LeanLayer
 from gemma2_keras.layers.low_rank import Adapter, LowRank
 
 # The adapter of `enable_lora`, unless told otherwise.
@@ -17,7 +18,7 @@ DEFAULT_ADAPTER = "default"
 
 
 @keras.saving.register_keras_serializable(package="gemma2_keras")
-class Linear(keras.layers.Layer):
+class Linear(LeanLayer):
     """`y = x W^T` with `W` of shape (out, in), the layout of checkpoints and the one a CPU streams fastest.
 
     Adapters are held by name; at most one is in effect, and the others cost nothing.

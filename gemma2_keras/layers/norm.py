@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import keras
 
-from gemma2_keras.ops.norm import rms_norm
+from gemma2_keras.kernels import rms_norm
+from gemma2_keras.layers.lean import LeanLayer
 
 
 @keras.saving.register_keras_serializable(package="gemma2_keras")
-class RMSNorm(keras.layers.Layer):
+class RMSNorm(LeanLayer):
     """Root-mean-square normalisation that multiplies by `1 + weight`, computed in float32 under any dtype policy.
 
     Args:

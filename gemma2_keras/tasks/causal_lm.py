@@ -199,8 +199,12 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
 
         Returns:
             `keras.callbacks.History`.
+
+        Warns:
+            UserWarning: if weights of bfloat16 or float16 would be trained, which lose most steps.
         """
         self.notice_adapters()
+        self.notice_coarse_weights()
         x, y, sample_weight = preprocessed(
             self.preprocess_samples,
             x,
@@ -241,6 +245,19 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
         self.notice_adapters()
         x, _, _ = preprocessed(self.preprocess_samples, x, batch_size=batch_size, steps=kwargs.get("steps"))
         return keras.Model.predict(self, x, batch_size, **kwargs)
+
+    def train_on_batch(self, x, y=None, sample_weight=None, **kwargs):
+        """One step of training, as `keras.Model.train_on_batch`, on text or tokenized arrays as `fit` takes them."""
+        self.notice_adapters()
+        self.notice_coarse_weights()
+        batch = keras.utils.unpack_x_y_sample_weight(self.preprocess_samples(x, y, sample_weight))
+        return keras.Model.train_on_batch(self, *batch, **kwargs)
+
+    def test_on_batch(self, x, y=None, sample_weight=None, **kwargs):
+        """Loss and metrics of one batch, as `keras.Model.test_on_batch`, on what `train_on_batch` takes."""
+        self.notice_adapters()
+        batch = keras.utils.unpack_x_y_sample_weight(self.preprocess_samples(x, y, sample_weight))
+        return keras.Model.test_on_batch(self, *batch, **kwargs)
 
     def perplexity(self, texts, stride=None, *, verbose: Any = "auto") -> Any:
         """How surprised the model is by given texts: `exp` of the mean negative log-probability of their tokens.

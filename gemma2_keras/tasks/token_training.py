@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,6 +73,17 @@ class TokenTraining(TextGeneration):
     def remat(self) -> bool:
         """Whether training computes each branch again for its gradient, as `compile(remat=True)` asks."""
         return self.backbone.transformer_layers[0].remat
+
+    def notice_coarse_weights(self) -> None:
+        """Warn, in the name of who called the caller, if what would be trained is too coarse for its steps."""
+        coarse = {variable.dtype for variable in self.trainable_variables} & {"bfloat16", "float16"}
+        if coarse:
+            warnings.warn(
+                f"Weights of {' and '.join(sorted(coarse))} are to be trained: most steps are smaller than what these "
+                "can tell apart, and are lost. Load the model with dtype='mixed_bfloat16', which keeps weights in "
+                "float32 and multiplies in bfloat16, or train adapters: model.enable_lora(rank=8).",
+                stacklevel=3,
+            )
 
     @property
     def watches_tokens(self) -> bool:

@@ -111,11 +111,13 @@ class RunCheckpoints(keras.callbacks.Callback):
         Raises:
             InputError: if the run is of another model, optimizer, loss or data. Model and folder are then unchanged.
             CheckpointError: if no checkpoint can be read, or it does not fit the model.
+            FileExistsError: if another process is training the run.
         """
         self.set_model(model)
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         self._identity = _identity(model, self._data)
+        self.folder.hold()
         state = self.folder.read(self._identity)
         self.folder.clean()
         self._restored = True
@@ -151,6 +153,7 @@ class RunCheckpoints(keras.callbacks.Callback):
         """Restore, if that was not done, and write the first checkpoint."""
         if not self._restored:
             self.restore(self.model)
+        self.folder.hold()
         # Fails here, not hours later, if the folder cannot be written to.
         self.write()
 
@@ -203,8 +206,9 @@ class RunCheckpoints(keras.callbacks.Callback):
         self._write_if_due()
 
     def on_train_end(self, logs=None) -> None:
-        """Write the last checkpoint."""
+        """Write the last checkpoint, and let others go on with the run."""
         self._write_or_warn()
+        self.folder.let_go()
 
     def _set_random(self) -> None:
         _set_random_states(self._random)

@@ -60,7 +60,7 @@ def fine_tune(
     Raises:
         InputError: if an argument is not what it should be, or the run in `folder` is of another model, optimizer, loss
             or data; nothing is changed then.
-        FileExistsError: if `folder` holds a run, and `resume` is false.
+        FileExistsError: if `folder` holds a run, and `resume` is false, or if another process is training it.
         CheckpointError: if the run in `folder` cannot be read.
 
     Example:
@@ -89,11 +89,29 @@ def fine_tune(
         raise InputError("`resume=True` needs the `folder` of the run.")
     # Otherwise `fit` would find them, and replace the optimizer that was restored.
     model.notice_adapters()
-    checkpoints = None
+    run = (model, data, epochs, validation_data, callbacks, verbose)
+    if folder is None:
+        return _train(*run)
+    checkpoints = RunCheckpoints(folder, data, every_steps=every_steps, every_minutes=every_minutes, resume=resume)
+    try:
+        return _train(*run, checkpoints)
+    finally:
+        checkpoints.folder.let_go()
+
+
+def _train(
+    model: Any,
+    data: TokenDataset,
+    epochs: int,
+    validation_data: Any,
+    callbacks: Sequence[keras.callbacks.Callback],
+    verbose: Any,
+    checkpoints: RunCheckpoints | None = None,
+) -> TrainingHistory:
+    """Train from where the run is."""
     position = Position()
     history = RunHistory(data=data)
-    if folder is not None:
-        checkpoints = RunCheckpoints(folder, data, every_steps=every_steps, every_minutes=every_minutes, resume=resume)
+    if checkpoints is not None:
         position = checkpoints.restore(model)
         history = RunHistory(checkpoints.folder.history_file, data)
         history.go_back_to(position.epoch, position.step)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from gemma2_keras.checkpoints.guard import read_json, replacing_folder, write_json
+from gemma2_keras.checkpoints.guard import lock, read_json, replacing_folder, write_json
 from gemma2_keras.errors import CheckpointError, InputError
 
 FORMAT = 1
@@ -26,7 +26,10 @@ HISTORY_FILE = "history.jsonl"
 _FACTS_FILE = "state.json"
 _TENSORS_FILE = "state.safetensors"
 _NAME = re.compile(r"checkpoint-(\d{8,})")
+_LOCK_FILE = ".lock"
 _GENERATIONS = 2
+# The runs that this process goes on with, and their open locks.
+_HELD: dict[Path, int] = {}
 
 
 class Position(NamedTuple):
@@ -95,6 +98,30 @@ class RunFolder:
             raise FileExistsError(
                 f"{self.path} holds a run already: go on with it by `resume=True`, or choose another folder."
             )
+
+    def hold(self) -> None:
+        """Keep other processes out of the run, until `let_go` or the end of this one.
+
+        Raises:
+            FileExistsError: if another process trains it.
+            OSError: if the folder cannot be written to.
+        """
+        if self.path in _HELD:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        if lock(descriptor, wait=False) is False:
+            os.close(descriptor)
+            raise FileExistsError(
+                f"Another process is training the run in {self.path}: wait until it ends, or choose another folder."
+            )
+        _HELD[self.path] = descriptor
+
+    def let_go(self) -> None:
+        """Let other processes go on with the run."""
+        descriptor = _HELD.pop(self.path, None)
+        if descriptor is not None:
+            os.close(descriptor)
 
     def read(self, identity: dict[str, Any]) -> RunState | None:
         """The newest checkpoint that is whole; those that are not are removed, with a warning, once it is read.

@@ -15,7 +15,7 @@ from keras import ops
 from gemma2_keras.errors import InputError
 from gemma2_keras.generation import engine
 from gemma2_keras.generation.sampling import Sampling, sampling_of
-from gemma2_keras.generation.session import Engine, Session, _Pace
+from gemma2_keras.generation.session import Engine, Session
 from gemma2_keras.kernels import native
 
 WINDOW, VOCABULARY, ROOM, ROWS = 4, 13, 48, 4
@@ -137,22 +137,6 @@ def test_a_pause_decides_how_many_tokens_come_at_a_time_and_changes_none(path, b
         assert sizes[1e9] == ([1] * 20 if by_hand else [1, 1, 8, 8, 2])
         # One program serves any number of steps.
         assert programs.compilations == compiled
-
-
-def test_a_pace_follows_how_long_steps_take():
-    assert _Pace(8, float("inf")).steps == 8
-    pace = _Pace(8, 0.03)
-    assert pace.steps == 1
-    for steps, seconds, expected in (
-        (1, 20.0, 1),
-        (1, 0.01, 3),
-        (3, 0.009, 8),
-        (8, 0.048, 5),
-        (5, 0.0, 8),
-        (8, 1.0, 1),
-    ):
-        pace.note(steps, seconds)
-        assert pace.steps == expected
 
 
 # Prefill in chunks

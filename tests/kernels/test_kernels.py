@@ -22,7 +22,11 @@ from gemma2_keras import kernels
 from gemma2_keras.kernels import native
 from gemma2_keras.ops import attention as portable
 from gemma2_keras.ops.cache import write_slots
+from gemma2_keras.ops.feed_forward import gated_gelu as portable_gated_gelu
 from gemma2_keras.ops.linear import linear as portable_linear
+from gemma2_keras.ops.norm import rms_norm as portable_rms_norm
+from gemma2_keras.ops.rotary import apply_rotary as portable_apply_rotary
+from gemma2_keras.ops.rotary import rotary_tables
 
 array = ops.convert_to_numpy
 BACKEND = keras.backend.backend()
@@ -64,6 +68,82 @@ def test_xla_makes_no_copy_of_bfloat16_weights():
     x, weight = ops.ones((16, 256), "bfloat16"), ops.ones((1024, 256), "bfloat16")
     memory = jax.jit(kernels.linear).lower(x, weight).compile().memory_analysis()
     assert memory.temp_size_in_bytes < weight.nbytes
+
+
+# Between the products
+
+DTYPES = st.sampled_from(["float32", "bfloat16"])
+
+
+def assert_close(found, expected, dtype):
+    assert keras.backend.standardize_dtype(found.dtype) == dtype
+    # A bfloat16 is rounded once here, and up to three times there.
+    unit = 2.0**-6 if dtype == "bfloat16" else 2e-6
+    np.testing.assert_allclose(array(found).astype("float32"), array(expected).astype("float32"), rtol=unit, atol=unit)
+
+
+# Elsewhere than on PyTorch they are the portable operations.
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's own kernels")
+@settings(max_examples=40)
+@given(st.integers(0, 99), st.integers(1, 5), st.integers(1, 70), DTYPES, DTYPES)
+def test_rms_norm_is_the_portable_operation(seed, rows, width, dtype, weight_dtype):
+    x = ops.cast(normal(2, rows, width, seed=seed, scale=3.0), dtype)
+    weight = ops.cast(normal(width, seed=seed + 1), weight_dtype)
+    found, expected = (run(f, x, weight, epsilon=0.1) for f in (kernels.rms_norm, portable_rms_norm))
+    assert_close(found, expected, dtype)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's own kernels")
+@settings(max_examples=40)
+@given(st.integers(0, 99), st.integers(0, 5), st.integers(1, 70), DTYPES)
+def test_gated_gelu_is_the_portable_operation(seed, rows, width, dtype):
+    gate, up = (ops.cast(normal(rows, width, seed=seed + i, scale=2.0), dtype) for i in range(2))
+    found, expected = (run(f, gate, up) for f in (kernels.gated_gelu, portable_gated_gelu))
+    assert_close(found, expected, dtype)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's own kernels")
+@settings(max_examples=40)
+@given(st.integers(0, 99), st.integers(1, 3), st.integers(1, 9), st.integers(1, 40), DTYPES)
+def test_rotation_is_the_portable_operation(seed, batch, length, half, dtype):
+    x = ops.cast(normal(batch, length, 3, 2 * half, seed=seed), dtype)
+    positions = np.random.default_rng(seed).integers(0, 500, (batch, length)).astype("int32")
+    tables = rotary_tables(positions, 2 * half, 10000.0)
+    found, expected = (run(f, x, *tables) for f in (kernels.apply_rotary, portable_apply_rotary))
+    assert_close(found, expected, dtype)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's own kernels")
+def test_large_arrays_are_shared_by_threads(monkeypatch):
+    monkeypatch.setattr(native, "threads", lambda: 3)
+    gate, up = (ops.cast(normal(100, 3001, seed=i), "float32") for i in range(2))
+    assert_close(run(kernels.gated_gelu, gate, up), portable_gated_gelu(gate, up), "float32")
+    weight = ops.cast(normal(3001), "float32")
+    found = run(kernels.rms_norm, gate, weight, epsilon=1e-6)
+    assert_close(found, portable_rms_norm(gate, weight, 1e-6), "float32")
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's own kernels")
+def test_what_is_not_a_number_stays_so():
+    bad = np.array([[1.0, np.nan, 2.0] * 10, [np.inf, 1.0, 2.0] * 10], "float32")
+    for dtype in ("float32", "bfloat16"):
+        x = ops.cast(bad, dtype)
+        found = array(ops.cast(run(kernels.gated_gelu, x, ops.ones_like(x)), "float32"))
+        np.testing.assert_array_equal(np.isnan(found), np.isnan(bad))
+        assert np.isnan(array(ops.cast(run(kernels.rms_norm, x, x[0] * 0 + 1, epsilon=1e-6), "float32"))[0]).all()
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's own kernels")
+def test_gradients_go_through_what_has_kernels_without_them():
+    x, weight = (ops.cast(normal(4, 6, seed=i), "float32").requires_grad_() for i in range(2))
+    for function, arguments in (
+        (kernels.rms_norm, (x, weight[0], 1e-6)),
+        (kernels.gated_gelu, (x, weight)),
+        (kernels.apply_rotary, (x[:, None, None], weight[:, None, None, :3], weight[:, None, None, 3:])),
+    ):
+        x.grad = None
+        ops.sum(function(*arguments)).backward()
+        assert float(ops.max(ops.abs(x.grad))) > 0
 
 
 # Attention

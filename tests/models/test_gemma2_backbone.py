@@ -200,3 +200,13 @@ def test_a_call_that_cannot_be_is_refused(change, message, backbone):
 def test_a_call_without_both_inputs_is_refused(given, backbone):
     with pytest.raises(InputError, match="padding_mask"):
         backbone(given)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="PyTorch's own tracing")
+def test_pytorch_traces_the_model(backbone):
+    import torch
+
+    given = {name: torch.from_numpy(array) for name, array in inputs().items()}
+    traced = torch.export.export(backbone, (given,)).module()
+    with torch.no_grad():
+        np.testing.assert_allclose(traced(given).numpy(), outputs(backbone, inputs()), rtol=1e-5, atol=1e-5)

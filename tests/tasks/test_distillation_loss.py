@@ -172,6 +172,16 @@ def test_another_weight_on_the_loss_is_refused():
         make().compile("sgd", DistillationLoss(), loss_weights=[2.0])
 
 
+def test_single_batches_are_trained_on():
+    model = make()
+    model.compile(keras.optimizers.SGD(0.5), DistillationLoss())
+    losses = plain_losses(ops.convert_to_numpy(model(X)), 1.0, 1.0)
+    expected = (losses * WEIGHT).sum() / WEIGHT.sum()
+    assert model.test_on_batch(X, TARGETS, WEIGHT, return_dict=True)["loss"] == pytest.approx(expected, rel=1e-5)
+    assert model.train_on_batch(X, TARGETS, WEIGHT, return_dict=True)["loss"] == pytest.approx(expected, rel=1e-5)
+    assert model.train_on_batch(X, TARGETS, WEIGHT, return_dict=True)["loss"] < expected
+
+
 def test_keras_file_keeps_the_loss(tmp_path):
     model = make()
     model.compile(keras.optimizers.SGD(0.5), DistillationLoss(0.7, 2.0, 0.1, 1e-3))

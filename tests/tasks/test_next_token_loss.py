@@ -113,6 +113,15 @@ def test_low_precision_trains(dtype):
     np.testing.assert_allclose(history["loss"], truth["loss"], rtol=0.03)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_too_coarse_to_train_are_warned_of(dtype):
+    model = make(dtype=dtype)
+    model.compile("sgd")
+    with pytest.warns(UserWarning, match=f"Weights of {dtype} are to be trained.*mixed_bfloat16") as caught:
+        model.fit(X, Y, verbose=0)
+    assert caught[0].filename == __file__
+
+
 def test_logits_are_not_made_in_a_step(monkeypatch):
     model = make()
     model.compile("sgd")

@@ -47,12 +47,17 @@ GOOD = '{"text": "a b c"}\n'
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("data.jsonl", b"", "0 examples"),
+        ("data.jsonl", b"", "data.jsonl is empty"),
         ("data.txt", b"one\n\ntwo", "2 examples"),
         ("data.jsonl", (GOOD * 4 + "{oops\n").encode(), "line 5: no JSON"),
-        ("data.jsonl", (GOOD * 4 + '["a"]\n').encode(), "line 5: needs"),
-        ("data.jsonl", (GOOD * 4 + '{"prompt": "a"}\n').encode(), "line 5: needs"),
-        ("data.jsonl", (GOOD + '{"text": ""}\n').encode(), "line 2: needs"),
+        ("data.jsonl", (GOOD * 4 + '["a"]\n').encode(), "line 5: a list stands where"),
+        ("data.jsonl", (GOOD * 4 + '{"prompt": "a"}\n').encode(), "line 5: .*response"),
+        ("data.jsonl", (GOOD + '{"text": ""}\n').encode(), "line 2: `text` must be"),
+        (
+            "data.jsonl",
+            b'{"messages": [{"role": "user", "content": "a"}, {"role": "model", "content": "b"}]}',
+            "finetune",
+        ),
         ("data.txt", b"caf\xe9", "is not UTF-8 text: byte 3"),
     ],
 )

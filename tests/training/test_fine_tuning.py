@@ -6,12 +6,15 @@ import errno
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import keras
 import numpy as np
 import pytest
 
 from gemma2_keras import Gemma2CausalLM, RunCheckpoints, TokenDataset, TrainingHistory, fine_tune
+from gemma2_keras.checkpoints.guard import lock
 from gemma2_keras.errors import CheckpointError, InputError
 from gemma2_keras.training import run_folder
 from tests.training import small
@@ -187,7 +190,7 @@ def test_full_disk_stops_nothing(adapters, tmp_path, monkeypatch, whole):
     assert history == whole[0]
     assert sum("cannot be written" in str(warning.message) for warning in warned) == 2
     assert checkpoints(tmp_path) == [8, 10]
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [".lock"]
 
 
 def test_full_disk_at_the_beginning_is_raised(adapters, tmp_path, monkeypatch):
@@ -254,6 +257,33 @@ def test_beginning_anew_is_refused(adapters, begun):
     with pytest.raises(FileExistsError, match=r"holds a run already: go on with it by `resume=True`, or choose"):
         run(adapters.fresh(), begun)
     assert contents(begun) == before
+
+
+HOLDS = """
+import sys
+from gemma2_keras.training.run_folder import RunFolder
+RunFolder(sys.argv[1]).hold()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.once
+def test_run_of_another_process_is_left_alone(adapters, begun, whole):
+    pytest.importorskip("fcntl")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(begun)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        before = contents(begun)
+        with pytest.raises(FileExistsError, match="Another process is training the run"):
+            run(adapters.fresh(), begun, resume=True)
+        assert contents(begun) == before
+        other.kill()
+    assert_goes_on(adapters, begun, whole)
+    # And once it is done, this process lets others go on with it.
+    with open(begun / ".lock") as file:
+        assert lock(file.fileno(), wait=False)
 
 
 def test_file_as_folder_is_refused(adapters, tmp_path):

@@ -34,6 +34,6 @@ def test_killed_run_is_the_same_run(tmp_path):
             np.testing.assert_array_equal(found[name], expected[name])
     # Nothing is left of what was being written.
     for folder in (whole, killed):
-        names = sorted(path.name for path in folder.iterdir())
+        names = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
         assert names[1:] == ["checkpoint-00000015", "history.jsonl", "weights.npz"]
         assert names[0] in ("checkpoint-00000013", "checkpoint-00000014")

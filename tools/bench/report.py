@@ -97,14 +97,16 @@ def _memory(stored: dict[str, Any]) -> list[str]:
     lines = [
         "### M1: peak memory of D1, from building the model to the last token",
         "",
-        f"The weights have {weights / 1e9:.2f} GB.",
+        f"The weights have {weights / 1e9:.2f} GB. Mapped are files as they are on the disk: code of libraries, and",
+        "with llama.cpp the weights.",
         "",
-        "| contender | peak, GB | of the weights |",
-        "|---|---|---|",
+        "| contender | peak, GB | of the weights | mapped, GB |",
+        "|---|---|---|---|",
     ]
     for name, result in found.items():
         if "error" not in result:
-            lines.append(f"| {name} | {result['peak_bytes'] / 1e9:.2f} | {result['peak_bytes'] / weights:.2f} |")
+            peak, mapped = result["peak_bytes"], result["mapped_bytes"]
+            lines.append(f"| {name} | {peak / 1e9:.2f} | {peak / weights:.2f} | {mapped / 1e9:.2f} |")
     return [*lines, ""]
 
 

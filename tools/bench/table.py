@@ -190,7 +190,7 @@ ROWS = (
     Row(
         "T2-memory",
         "the same with sequences of 2048 tokens",
-        (*_TRAINING, "--length", "2048"),
+        (*_TRAINING, "--length", "2048", "--steps", "1"),
         "above_bytes",
         False,
         (PEFT, *PAIRS),

@@ -77,6 +77,7 @@ def _keras_step(model: Any, **options: Any) -> Step:
 
     def step(tokens: np.ndarray) -> None:
         inputs = {"token_ids": tokens[:, :-1], "padding_mask": np.ones_like(tokens[:, :-1])}
-        model.train_on_batch(inputs, tokens[:, 1:])
+        # On JAX an error within the step is raised where its numbers are read.
+        np.asarray(model.train_on_batch(inputs, tokens[:, 1:]))
 
     return step
