@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 if the command failed, 130 if it was interrupted. Unusable arguments exit with 2.
     """
+    _open_streams()
     options = _parser().parse_args(arguments)
     options.words = sys.argv[1:] if arguments is None else list(arguments)
     # Keras and TensorFlow read these once, when they are first imported.
@@ -64,7 +65,8 @@ def quiet_imports() -> Iterator[None]:
 
     They write past Python, so that a process of its own looks at each line: it shows the last ones of a crash, too.
     """
-    if "tensorflow" in sys.modules or sys.stderr is None:
+    # Where standard error is closed, nothing has to be kept from it.
+    if "tensorflow" in sys.modules or isinstance(sys.stderr, io.StringIO | None):
         yield
         return
     sys.stderr.flush()
@@ -79,6 +81,13 @@ def quiet_imports() -> Iterator[None]:
             sys.stderr.flush()
             os.dup2(shown, 2)
             os.close(shown)
+
+
+def _open_streams() -> None:
+    """Put what is empty, and takes all, in place of standard streams that whoever started us has closed."""
+    sys.stdin = sys.stdin or io.StringIO()
+    sys.stdout = sys.stdout or io.StringIO()
+    sys.stderr = sys.stderr or io.StringIO()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -181,7 +190,11 @@ def _loaded(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = options.prompt
+    if prompt == "-":
+        prompt = sys.stdin.read()
+        if not prompt:
+            raise ValueError("standard input is empty or closed: write the prompt there, or give it as an argument.")
     model, how = _loaded(options)
     if options.sampler in ("beam", "contrastive"):
         print(model.generate(prompt, strip_prompt=options.strip_prompt, **how))

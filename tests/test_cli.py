@@ -393,3 +393,23 @@ def test_the_installed_command_is_this_one():
     command = Path(sys.executable).with_name("gemma2-keras")
     found = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=60, check=True)
     assert found.stdout == f"gemma2-keras {__version__}\n"
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("closed", "words", "status"),
+    [
+        ("<&-", "generate -", 1),
+        ("<&-", "chat", 0),
+        (">&-", "generate The", 0),
+        ("2>&-", "generate The", 0),
+        ("<&- >&- 2>&-", "generate The", 0),
+    ],
+)
+def test_closed_streams_are_no_fault(preset, closed, words, status):
+    command = f"{sys.executable} -m gemma2_keras.cli {words} --preset {preset} --max-new-tokens 2 {closed}"
+    ended = subprocess.run(command, shell=True, cwd=REPOSITORY, capture_output=True, text=True)
+    assert ended.returncode == status, ended.stderr
+    assert "Traceback" not in ended.stderr
+    if status:
+        assert "standard input is empty or closed" in ended.stderr

@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from gemma2_keras.generation.engine import Cache, slot_counts
+from gemma2_keras.generation.processors import no_numbers
 from gemma2_keras.kernels import native, stored
 
 _DTYPES = ("float32", "bfloat16")
@@ -165,9 +166,14 @@ class NativeModel:
 
         Returns:
             (B, steps run) int32; what stands behind the end of a row means nothing.
+
+        Raises:
+            InputError: if a row's logits are no numbers.
         """
         made = np.zeros((len(tokens), steps), "int32")
         run = self._run(cache, tokens, steps, finished, left, stop_ids, None, made)
+        if run < 0:
+            raise no_numbers()
         return made[:, :run]
 
     def step(self, cache: Cache, tokens: np.ndarray, finished: np.ndarray) -> np.ndarray:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import keras_hub
+import numpy as np
 from keras import ops
 
+from gemma2_keras.errors import InputError
 from gemma2_keras.generation import engine
 from gemma2_keras.ops.masks import PADDING
 
@@ -17,6 +19,32 @@ _ONE_TOKEN = keras_hub.samplers.Sampler
 def searches(sampler: Any) -> bool:
     """Whether a sampler runs a loop of its own (beam search, contrastive search)."""
     return type(sampler).__call__ is not _ONE_TOKEN.__call__
+
+
+def check_sampler(sampler: Any, vocabulary_size: int) -> None:
+    """Refuse a sampler whose parameters mean nothing; those that become a `Sampling` are checked there.
+
+    Raises:
+        InputError: names the parameter.
+    """
+    known = keras_hub.samplers
+
+    def require(name: str, allowed: str, holds: Any) -> None:
+        value = getattr(sampler, name, None)
+        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        if not number or not holds(value):
+            raise InputError(f"`{name}` of {type(sampler).__name__} must be {allowed}; given {value!r}.")
+
+    def whole(value: Any, most: int) -> bool:
+        return isinstance(value, int | np.integer) and bool(1 <= value <= most)
+
+    if isinstance(sampler, known.BeamSampler):
+        require("num_beams", f"a whole number from 1 to {vocabulary_size}", lambda x: whole(x, vocabulary_size))
+    if isinstance(sampler, known.ContrastiveSampler):
+        require("k", f"a whole number from 1 to {vocabulary_size}", lambda x: whole(x, vocabulary_size))
+        require("alpha", "a number from 0 to 1", lambda x: 0 <= x <= 1)
+    if hasattr(sampler, "temperature"):
+        require("temperature", "a number above 0", lambda x: 0 < x < float("inf"))
 
 
 def search(

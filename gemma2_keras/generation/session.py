@@ -15,7 +15,7 @@ from gemma2_keras.errors import InputError
 from gemma2_keras.generation import engine, loop
 from gemma2_keras.generation.native import NativeModel, is_supported
 from gemma2_keras.generation.pace import Pace
-from gemma2_keras.generation.processors import processed, require_choice
+from gemma2_keras.generation.processors import checked_tokens, processed, require_choice, require_numbers
 from gemma2_keras.generation.programs import Engine
 from gemma2_keras.generation.sampling import GREEDY, Sampling, adjusted, kept, noise
 from gemma2_keras.kernels import STATIC_SHAPES
@@ -240,7 +240,9 @@ class Session:
         """With the kernels: choosing the likeliest token is part of the step."""
         assert self._native is not None
         finished = (left <= 0).astype("uint8")
-        tokens = self.logits().argmax(-1).astype("int32")
+        logits = self.logits()
+        require_numbers(logits, left > 0)
+        tokens = logits.argmax(-1).astype("int32")
         made = [[] if end else [int(token)] for token, end in zip(tokens, finished, strict=True)]
         left = left - (finished == 0)
         finished |= np.isin(tokens, stop_ids) | (left <= 0)
@@ -272,7 +274,9 @@ class Session:
         state = self._first_state(left, sampling)
         by_hand = bool(sampling.logits_processors) or sampling.sampler is not None
         done = 1
-        state, made = self._picked(self.logits(), state, chance[:, 0], values, stops, sampling)
+        logits = self.logits()
+        require_numbers(logits, left > 0)
+        state, made = self._picked(logits, state, chance[:, 0], values, stops, sampling)
         yield [row[:1].tolist() if limit > 0 else [] for row, limit in zip(made, left, strict=True)]
         while True:
             if self._ended:
@@ -329,7 +333,7 @@ class Session:
             logits = adjusted(ops.convert_to_tensor(logits), values, *loop.counts(state), sampling.uses)
             logits = kept(logits, values, sampling.uses)
             tokens = sampling.sampler.get_next_token(sampling.sampler.compute_probabilities(logits))
-            state = self._programs.note(ops.cast(tokens, "int32"), state, stops)
+            state = self._programs.note(checked_tokens(sampling.sampler, tokens, tuple(logits.shape)), state, stops)
         return state, _numpy(state["tokens"])[:, None]
 
 

@@ -285,7 +285,7 @@ int64_t decode(const Model& m, int64_t batch, int64_t steps, int threads, int32_
   Floats best(threads * batch);
   std::vector<int32_t> best_token(threads * batch);
   int64_t done = 0;
-  bool more = true;
+  bool more = true, numbers = true;
   team(threads, [&](int id) {
     Private own(m, batch);
     for (int64_t step = 0; step < steps && more; step++) {
@@ -304,6 +304,11 @@ int64_t decode(const Model& m, int64_t batch, int64_t steps, int threads, int32_
           if (!finished[b]) {
             lengths[b]++;
             int32_t token = best_token[winner * batch + b];
+            if (token >= m.vocabulary) {
+              // No logit is a number: there is nothing to choose.
+              token = 0;
+              numbers = false;
+            }
             if (made) {
               made[b * steps + step] = tokens[b] = token;
               for (int64_t s = 0; s < stop_count; s++) finished[b] |= token == stops[s];
@@ -314,11 +319,12 @@ int64_t decode(const Model& m, int64_t batch, int64_t steps, int threads, int32_
         }
         for (auto& range : shared.ranges) range.reset();
         done = step + 1;
+        more &= numbers;
       }
       shared.barrier.wait();
     }
   });
-  return done;
+  return numbers || !made ? done : -1;
 }
 
 }  // namespace

@@ -16,7 +16,7 @@
 extern "C" {
 
 // Runs up to `steps` tokens of each row that is not finished; with `made` it chooses the likeliest token each time and
-// goes on with it, otherwise it runs one step. Returns the number of steps run.
+// goes on with it, otherwise it runs one step. Returns the number of steps run, or -1 if a row's logits were no numbers.
 //   tokens    (B,) the token to run; the last one chosen, on return
 //   lengths   (B,) tokens in the cache before; advanced
 //   finished  (B,) rows to leave alone; set when a stop token was chosen or nothing is left to make

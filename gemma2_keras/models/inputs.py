@@ -39,9 +39,13 @@ def check_token_inputs(inputs: Any, vocabulary_size: int) -> None:
     dtype = _dtype(token_ids)
     if not dtype.startswith(("int", "uint")):
         raise InputError(f"`token_ids` must be whole numbers (int32); given dtype {dtype}.")
+    mask_dtype = _dtype(padding_mask)
+    if not mask_dtype.startswith(("int", "uint", "bool", "float", "bfloat")):
+        raise InputError(f"`padding_mask` must be numbers, 0 for padding; given dtype {mask_dtype}.")
+    if "float" in mask_dtype and not is_traced(padding_mask) and not np.isfinite(_values(padding_mask)).all():
+        raise InputError("`padding_mask` must be finite numbers, 0 for padding; it holds NaN or infinity.")
     if not is_traced(token_ids):
-        values = token_ids if isinstance(token_ids, np.ndarray | list) else ops.convert_to_numpy(token_ids)
-        check_ids(np.asarray(values), vocabulary_size)
+        check_ids(_values(token_ids), vocabulary_size)
 
 
 def check_ids(token_ids: np.ndarray, vocabulary_size: int, name: str = "token_ids") -> None:
@@ -57,6 +61,14 @@ def check_ids(token_ids: np.ndarray, vocabulary_size: int, name: str = "token_id
             f"`{name}` must lie between 0 and {vocabulary_size - 1}; given {int(token_ids[place])} at {place}. "
             "Was the text tokenized with another model's tokenizer?"
         )
+
+
+def check_graph_ids(token_ids: Any, vocabulary_size: int, name: str) -> None:
+    """As `check_ids`, of a TensorFlow tensor inside `tf.data.Dataset.map`, once its values come."""
+    assertions = sys.modules["tensorflow"].debugging
+    message = f"`{name}` must lie between 0 and {vocabulary_size - 1}. Was the text tokenized with another tokenizer?"
+    assertions.assert_non_negative(token_ids, message)
+    assertions.assert_less(token_ids, ops.cast(vocabulary_size, token_ids.dtype), message)
 
 
 def check_weights(weights: Any) -> None:
@@ -93,9 +105,22 @@ def is_traced(x: Any) -> bool:
     return torch is not None and isinstance(x, torch.Tensor) and (torch.compiler.is_compiling() or x.is_meta)
 
 
+def _values(x: Any) -> np.ndarray:
+    return np.asarray(x if isinstance(x, np.ndarray | list | tuple) else ops.convert_to_numpy(x))
+
+
 def _shape(x: Any) -> tuple:
-    return tuple(x.shape) if hasattr(x, "shape") else np.shape(x)
+    if hasattr(x, "shape"):
+        return tuple(x.shape)
+    try:
+        return np.shape(x)
+    except ValueError as error:
+        raise InputError(
+            "The rows of `token_ids` and `padding_mask` must have one length: pad the shorter ones."
+        ) from error
 
 
 def _dtype(x: Any) -> str:
-    return keras.backend.standardize_dtype(x.dtype) if hasattr(x, "dtype") else np.asarray(x).dtype.name
+    dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
+    # Keras knows no strings and no objects.
+    return dtype.name if isinstance(dtype, np.dtype) else keras.backend.standardize_dtype(dtype)

@@ -37,7 +37,7 @@ def is_example(x: Any) -> bool:
         messages = x["messages"]
         return isinstance(messages, Sequence | np.ndarray) and len(messages) > 0 and isinstance(messages[0], Mapping)
     values = [value for key, value in x.items() if key in _FIELDS]
-    return any(isinstance(value, str | bytes) or getattr(value, "shape", None) == () for value in values)
+    return any(isinstance(value, str | bytes | None) or getattr(value, "shape", None) == () for value in values)
 
 
 def kind_of(keys: Iterable[str], what: str, pair: str = '"prompt" and "response"') -> tuple[str, ...]:

@@ -13,12 +13,13 @@ from keras import ops
 from gemma2_keras.checkpoints import presets as preset_files
 from gemma2_keras.errors import InputError
 from gemma2_keras.models.gemma2_backbone import Gemma2Backbone
-from gemma2_keras.models.inputs import check_ids, check_token_inputs, check_weights, is_traced
+from gemma2_keras.models.inputs import check_graph_ids, check_ids, check_token_inputs, check_weights, is_traced
 from gemma2_keras.preprocessing.causal_lm_preprocessor import Gemma2CausalLMPreprocessor
+from gemma2_keras.preprocessing.inputs import is_graph_tensor
 from gemma2_keras.preprocessing.records import is_tokenized
 from gemma2_keras.tasks.adapters import AdapterTask
 from gemma2_keras.tasks.data import preprocessed
-from gemma2_keras.tasks.distillation_loss import check_targets
+from gemma2_keras.tasks.distillation_loss import check_targets, split_targets
 from gemma2_keras.tasks.generating import check_verbose
 from gemma2_keras.tasks.perplexity import examples_of_text, examples_of_tokens, perplexities
 from gemma2_keras.tasks.sources import StreamBatches
@@ -140,6 +141,11 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
         """
         if isinstance(sampler, str) and sampler not in _SAMPLERS:
             raise ValueError(f"`sampler` must be one of {', '.join(_SAMPLERS)}, or an instance; given {sampler!r}.")
+        if isinstance(sampler, type) or not (isinstance(sampler, str | dict) or callable(sampler)):
+            raise ValueError(
+                f"`sampler` must be one of {', '.join(_SAMPLERS)}, or an instance, such as "
+                f"`keras_hub.samplers.TopKSampler(k=5)`; given {sampler!r}."
+            )
         self.set_remat(remat)
         loss, weighted_metrics = self.compile_training(loss, weighted_metrics, kwargs)
         super().compile(optimizer, loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
@@ -176,10 +182,14 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
                 'Without a preprocessor, data must be {"token_ids": …, "padding_mask": …} with labels `y`; '
                 f"given {type(x).__name__}."
             )
-        check_token_inputs(x, self.backbone.config.vocabulary_size)
+        size = self.backbone.config.vocabulary_size
+        check_token_inputs(x, size)
         check_weights(sample_weight)
         if y is not None:
-            check_targets(y, sample_weight, self.backbone.config.vocabulary_size)
+            check_targets(y, sample_weight, size)
+        for name, ids in (("token_ids", x["token_ids"]), ("y", None if y is None else split_targets(y)[0])):
+            if is_graph_tensor(ids):
+                check_graph_ids(ids, size, name)
         return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
 
     def fit(self, x=None, y=None, batch_size=None, *, sample_weight=None, validation_data=None, **kwargs):
@@ -217,6 +227,9 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
         if isinstance(x, StreamBatches):
             # Keras would warn that it cannot.
             kwargs["shuffle"] = False
+        elif not isinstance(x, dict | keras.utils.PyDataset):
+            # Of what comes in its own order Keras would warn, too, though nobody has asked for another.
+            kwargs.setdefault("shuffle", False)
         if validation_data is not None:
             parts = validation_data if isinstance(validation_data, tuple) else (validation_data,)
             prepared = preprocessed(

@@ -14,10 +14,10 @@ from keras import ops
 from gemma2_keras.errors import InputError
 from gemma2_keras.generation.programs import Engine
 from gemma2_keras.generation.sampling import sampling_of
-from gemma2_keras.generation.search import search, searches
+from gemma2_keras.generation.search import check_sampler, search, searches
 from gemma2_keras.generation.session import Session
 from gemma2_keras.generation.streaming import TextAssembler, TextStream
-from gemma2_keras.models.inputs import check_token_inputs
+from gemma2_keras.models.inputs import check_token_inputs, is_traced
 from gemma2_keras.preprocessing.inputs import to_python
 from gemma2_keras.tasks import generating
 from gemma2_keras.tasks.chat import Chat
@@ -102,6 +102,9 @@ class TextGeneration(keras_hub.models.CausalLM):
         single, shape = False, (0, 0)
         if self.preprocessor is None:
             check_token_inputs(inputs, self.backbone.config.vocabulary_size)
+            if is_traced(inputs["token_ids"]):
+                raise InputError("`token_ids` must have values: a symbolic tensor cannot be continued.")
+            inputs = {name: np.asarray(to_python(inputs[name])) for name in ("token_ids", "padding_mask")}
             if stop:
                 raise InputError("`stop` needs a preprocessor, which knows what text the tokens are.")
             rows, shape = generating.rows_of(inputs), tuple(inputs["token_ids"].shape)
@@ -218,6 +221,8 @@ class TextGeneration(keras_hub.models.CausalLM):
                 "Choose another sampler in `compile`."
             )
         chosen = sampling_of(self.sampler, sampling)
+        if searches(self.sampler) or chosen.sampler is not None:
+            check_sampler(self.sampler, config.vocabulary_size)
         # Refused here, before anything is run.
         chosen.values(config.vocabulary_size)
         if seed is None:

@@ -127,8 +127,6 @@ class RunCheckpoints(keras.callbacks.Callback):
             self._results = state.results
             if self.open_results is None:
                 self._data.start_at(self.position.epoch, self.position.batch)
-            else:
-                self._set_random()
         return self.position
 
     def write(self) -> None:
@@ -138,7 +136,7 @@ class RunCheckpoints(keras.callbacks.Callback):
             OSError: if it cannot be written; the earlier ones are then as they were.
         """
         if self.position != self._written:
-            random = _random_states() if self.open_results is None else self._random_before_test
+            random = random_states() if self.open_results is None else self._random_before_test
             state = RunState(self.position, self._identity, _tensors(self.model, random), self._results)
             self.folder.write(state)
             self._written = self.position
@@ -193,16 +191,15 @@ class RunCheckpoints(keras.callbacks.Callback):
             self._write_if_due()
         else:
             self._results = dict(logs or {})
-
-    def on_test_begin(self, logs=None) -> None:
-        """Note with which random state the validation of an epoch begins."""
-        self._random_before_test = _random_states()
+            self._random_before_test = random_states()
 
     def on_epoch_end(self, epoch, logs=None) -> None:
         """Count the epoch, and write a checkpoint if one is due."""
         # `stop_training` may have ended it early.
         if self.position.batch == self._data.batches_per_epoch:
             self.close_epoch()
+            # A validation draws as many random numbers as it likes: training goes on as if it had drawn none.
+            set_random_states(self._random_before_test)
         self._write_if_due()
 
     def on_train_end(self, logs=None) -> None:
@@ -211,7 +208,7 @@ class RunCheckpoints(keras.callbacks.Callback):
         self.folder.let_go()
 
     def _set_random(self) -> None:
-        _set_random_states(self._random)
+        set_random_states(self._random)
         self._random = []
 
     def _write_if_due(self) -> None:
@@ -286,18 +283,18 @@ def _tensors(model: Any, random: list[Any]) -> dict[str, np.ndarray]:
     }
 
 
-def _random_states() -> list[Any]:
-    """The states of the backend's own generators; Keras' dropout draws from PyTorch's."""
+def random_states() -> list[Any]:
+    """The states of the backend's own generators; Keras' dropout draws from PyTorch's, and so does reading data."""
     if keras.backend.backend() != "torch":
         return []
     import torch
 
-    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    return [state.numpy() for state in (torch.get_rng_state(), *torch.cuda.get_rng_state_all())]
 
 
-def _set_random_states(states: list[np.ndarray]) -> None:
+def set_random_states(states: list[np.ndarray]) -> None:
     """Set them, unless the run was on another backend, or on other devices."""
-    if not states or len(states) != len(_random_states()):
+    if not states or len(states) != len(random_states()):
         return
     import torch
 

@@ -14,7 +14,8 @@ from typing import Any
 import keras
 
 from gemma2_keras.errors import InputError
-from gemma2_keras.training.checkpoints import RunCheckpoints
+from gemma2_keras.tasks.sources import unpacked
+from gemma2_keras.training.checkpoints import RunCheckpoints, random_states, set_random_states
 from gemma2_keras.training.history import RunHistory, TrainingHistory
 from gemma2_keras.training.progress import TrainingProgress
 from gemma2_keras.training.run_folder import Position
@@ -83,6 +84,10 @@ def fine_tune(
         raise InputError(f"`data` must be a TokenDataset; given {type(data).__name__}.")
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise InputError(f"`epochs` must be a whole number of at least 1; given {epochs!r}.")
+    if isinstance(callbacks, keras.callbacks.Callback) or not isinstance(callbacks, Sequence):
+        raise InputError(f"`callbacks` must be a list of callbacks; given {type(callbacks).__name__}.")
+    if not isinstance(model, keras.Model):
+        raise InputError(f"`model` must be a Gemma2CausalLM; given {type(model).__name__}.")
     if not model.compiled:
         raise InputError("The model is not compiled: call `model.compile(optimizer=…)` first.")
     if resume and folder is None:
@@ -119,7 +124,9 @@ def _train(
             # Interrupted in the validation of an epoch.
             results = dict(checkpoints.open_results)
             if validation_data is not None:
-                found = model.evaluate(validation_data, batch_size=data.batch_size, verbose=0, return_dict=True)
+                x, y, weights = unpacked(validation_data)
+                options = {"batch_size": data.batch_size, "sample_weight": weights, "verbose": 0, "return_dict": True}
+                found = model.evaluate(x, y, **options)
                 results |= {f"val_{name}": value for name, value in found.items()}
             history.on_epoch_end(position.epoch, results)
             checkpoints.close_epoch()
@@ -141,6 +148,7 @@ def _train(
                         epochs=last,
                         initial_epoch=first,
                         validation_data=validation_data,
+                        validation_batch_size=data.batch_size,
                         callbacks=watching,
                         verbose=verbose,
                         shuffle=False,
@@ -204,11 +212,21 @@ class _Feed(keras.utils.PyDataset):
 
 
 class _Order(keras.callbacks.Callback):
-    """Begins each epoch of the data, and has each batch made before its step."""
+    """Begins each epoch of the data, and has each batch made before its step.
+
+    Training goes on as if a validation had drawn no random numbers, as with `RunCheckpoints`.
+    """
 
     def __init__(self, feed: _Feed) -> None:
         super().__init__()
         self._feed = feed
+        self._random: list[Any] = []
+
+    def on_train_batch_end(self, batch, logs=None) -> None:
+        self._random = random_states() if batch + 1 == self.params["steps"] else []
+
+    def on_epoch_end(self, epoch, logs=None) -> None:
+        set_random_states(self._random)
 
     def on_epoch_begin(self, epoch, logs=None) -> None:
         self._feed.begin(epoch)

@@ -158,6 +158,8 @@ class RunHistory(keras.callbacks.Callback):
         content = "".join(self._pending).encode()
         try:
             with open(self._path, "ab") as file:
+                if file.tell() < self._length:
+                    raise OSError(f"{self._path} was shortened or removed by another.")
                 # Half a line may stand there since the last attempt.
                 file.truncate(self._length)
                 file.write(content)

@@ -13,6 +13,8 @@ from gemma2_keras.preprocessing.records import kind_of, shown
 
 # A longer line is no line of examples: the file is of another kind.
 LONGEST_LINE = 64 * 2**20
+# How files of gzip, zip, zstd, xz and Parquet begin.
+_PACKED = (b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"PAR1")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -42,6 +44,8 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     ...     read_jsonl(file.name)
     [{'prompt': 'The cat', 'completion': ' sleeps.'}]
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"`path` must be that of a file of JSON lines; given {shown(path)}.")
     records: list[dict[str, Any]] = []
     first = 0
     for number, line in _lines(path):
@@ -80,6 +84,8 @@ def _record(line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError as error:
+        if line.startswith(_PACKED):
+            raise InputError("the file is packed; unpack it first.") from error
         raise InputError(
             f"not UTF-8, byte {line[error.start]:#04x} at {error.start}. Save the file as UTF-8."
         ) from error

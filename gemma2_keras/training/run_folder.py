@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from gemma2_keras.checkpoints.guard import lock, read_json, replacing_folder, write_json
@@ -85,7 +86,7 @@ class RunFolder:
     def checkpoints(self) -> list[Path]:
         """The folders of checkpoints, the newest first."""
         found = self.path.iterdir() if self.path.is_dir() else ()
-        named = {path: _NAME.fullmatch(path.name) for path in found}
+        named = {path: path.is_dir() and _NAME.fullmatch(path.name) for path in found}
         return sorted((path for path, name in named.items() if name), key=lambda p: int(p.name[11:]), reverse=True)
 
     def refuse_a_run(self) -> None:
@@ -176,7 +177,11 @@ class RunFolder:
             "results": {name: float(value).hex() for name, value in state.results.items()},
         }
         with replacing_folder(path, _FACTS_FILE, lambda _: True, "checkpoint") as beside:
-            save_file(state.tensors, beside / _TENSORS_FILE)
+            try:
+                save_file(state.tensors, beside / _TENSORS_FILE)
+            except SafetensorError as error:
+                # As when the disk is full.
+                raise OSError(str(error)) from error
             hashes = {"facts": _hash_of_facts(facts), "tensors": _hash_of_file(beside / _TENSORS_FILE)}
             write_json(beside / _FACTS_FILE, {**facts, "sha256": hashes})
         for old in [other for other in before if other != path][_GENERATIONS - 1 :]:

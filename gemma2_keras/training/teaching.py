@@ -15,7 +15,7 @@ from gemma2_keras.models.inputs import check_token_inputs
 from gemma2_keras.tasks.generating import check_verbose
 from gemma2_keras.training.token_dataset import TokenDataset
 
-_IDS, _SHARES = "int32", "float16"
+_IDS, _SHARES = "int32", "float32"
 
 
 class TaughtDataset(TokenDataset):
@@ -33,7 +33,7 @@ class TaughtDataset(TokenDataset):
 
     >>> x = {"token_ids": np.ones((1, 2), "int32"), "padding_mask": np.ones((1, 2), "int32")}
     >>> y = {"labels": np.ones((1, 2), "int32"), "teacher_ids": np.ones((1, 2, 1), "int32"),
-    ...      "teacher_shares": np.ones((1, 2, 1), "float16")}
+    ...      "teacher_shares": np.ones((1, 2, 1), "float32")}
     >>> TaughtDataset(0.9, x, y, np.ones((1, 2), "float32")).coverage
     0.9
     """

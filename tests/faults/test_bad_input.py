@@ -5,13 +5,17 @@ import inspect
 import re
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 from keras import ops
+from keras_hub import samplers
 
 from gemma2_keras import Gemma2CausalLM, NextTokenLoss
 from gemma2_keras.errors import InputError
+from gemma2_keras.generation import session
 from gemma2_keras.generation.sampling import Sampling
+from gemma2_keras.generation.session import Session
 from tests.preprocessing import tiny
 
 IDS = np.array([[2, 480, 490]], "int32")
@@ -37,6 +41,7 @@ def still_works(model):
 
 
 BAD_ARRAYS = [
+    ("undefined", {"token_ids": IDS, "padding_mask": MASK * NO_NUMBER}, "`padding_mask` must be finite numbers"),
     ("dtype", {"token_ids": IDS.astype("float32"), "padding_mask": MASK}, "`token_ids` must be whole .* dtype float32"),
     ("bool", {"token_ids": IDS > 0, "padding_mask": MASK}, "`token_ids` must be whole numbers"),
     (
@@ -297,6 +302,119 @@ def test_a_processor_that_leaves_no_choice_is_named_with_its_row(model, value, w
             model.generate(prompts, max_new_tokens=4, logits_processors=processors, stop_token_ids=None, **options)
 
 
+# In the whole table, in one row of it that no prompt has, in a projection.
+@pytest.mark.parametrize("value", [NO_NUMBER, INFINITE])
+@pytest.mark.parametrize("where", ["table", "word", "projection"])
+@pytest.mark.parametrize("portable", [False, True], ids=["kernels", "portable"])
+def test_a_model_whose_weights_are_no_numbers_says_so(where, value, portable, monkeypatch):
+    if portable:
+        monkeypatch.setattr(session, "is_supported", lambda backbone: False)
+    model = tiny.causal_lm(num_layers=1)
+    layer = model.backbone.transformer_layers[0].feed_forward.up_proj
+    weight = layer.weight if where == "projection" else model.backbone.token_embedding.embeddings
+    spoiled = np.array(ops.convert_to_numpy(weight))
+    spoiled[slice(None) if where == "table" else SIZE - 1 if where == "word" else 3] = value
+    weight.assign(spoiled)
+    for options in ({}, {"temperature": 1.0, "seed": 1}, {"top_k": 5}, {"repetition_penalty": 1.2}):
+        with pytest.raises(InputError, match="The model's logits are not finite"):
+            model.generate("The cat", max_new_tokens=3, **options)
+    with pytest.raises(InputError, match="The model's logits are not finite"):
+        list(model.stream("The cat", max_new_tokens=3))
+
+
+@pytest.mark.once
+def test_kernels_never_follow_a_token_that_is_none():
+    # Numbers for the first token, and none for what follows it.
+    model = tiny.causal_lm(num_layers=1)
+    ids = model.preprocessor.tokenizer.encode("The cat")
+    session = Session(model.programs, 1, 20)
+    session.extend([ids])
+    made = session.generate([8])
+    next(made)
+    weight = model.backbone.layer_norm.weight
+    weight.assign(ops.convert_to_numpy(weight) * NO_NUMBER)
+    again = Session(model.programs, 1, 20)
+    again.extend([ids])
+    again._native.logits = lambda states: np.eye(1, SIZE, dtype="float32")
+    with pytest.raises(InputError, match="The model's logits are not finite"):
+        list(again.generate([8]))
+
+
+class Own(keras_hub.samplers.Sampler):
+    def __init__(self, chosen, **options):
+        super().__init__(**options)
+        self.chosen = chosen
+
+    def get_next_token(self, probabilities):
+        return self.chosen(probabilities)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (lambda p: ops.ones((1,), "int32") * 99999999, "ids from 0 to 559; given 99999999"),
+        (lambda p: ops.ones((1,), "int32") * -1, "ids from 0 to 559; given -1"),
+        (lambda p: p, r"a whole number for each of the 1 rows; given shape \(1, 560\)"),
+        (lambda p: p[:, 0], "a whole number for each of the 1 rows; given .* dtype float32"),
+        (lambda p: None, "a tensor of 1 token ids; given NoneType|a whole number for each .* dtype object"),
+    ],
+)
+def test_what_a_sampler_of_ones_own_chooses_is_checked(bare, chosen, message):
+    own = Gemma2CausalLM(bare.backbone)
+    own.compile(sampler=Own(chosen))
+    with pytest.raises(InputError, match=f"`Own.get_next_token` must return {message}"):
+        own.generate(
+            {"token_ids": np.array([[2, 480, 0, 0]]), "padding_mask": np.array([[1, 1, 0, 0]])}, stop_token_ids=None
+        )
+
+
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        *[(samplers.BeamSampler(num_beams=n), "`num_beams` of BeamSampler") for n in (0, -1, 1.5, "3", None)],
+        (samplers.BeamSampler(temperature=0), "`temperature` of BeamSampler must be a number above 0; given 0"),
+        (samplers.BeamSampler(temperature=NO_NUMBER), "`temperature` of BeamSampler"),
+        *[(samplers.ContrastiveSampler(k=k), "`k` of ContrastiveSampler") for k in (0, -1, SIZE + 1, 2.5)],
+        *[
+            (samplers.ContrastiveSampler(alpha=a), "`alpha` of Contrastive.* from 0 to 1")
+            for a in (2, -1, "x", NO_NUMBER)
+        ],
+        (Own(lambda p: ops.argmax(p, -1), temperature=0.0), "`temperature` of Own must be a number above 0"),
+    ],
+)
+def test_parameters_of_samplers_are_checked(model, bare, sampler, message):
+    own = Gemma2CausalLM(bare.backbone, model.preprocessor)
+    own.compile(sampler=sampler)
+    with pytest.raises(InputError, match=message):
+        own.generate("The cat", max_new_tokens=2)
+
+
+@pytest.mark.parametrize("sampler", [None, 5, samplers.TopKSampler])
+def test_a_sampler_that_is_none_is_refused_by_compile(bare, sampler):
+    with pytest.raises(ValueError, match=r"`sampler` must be one of .* or an instance"):
+        bare.compile(sampler=sampler)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"token_ids": [[2, 480], [2]], "padding_mask": [[1, 1], [1]]}, "must have one length: pad the shorter"),
+        ({"token_ids": IDS.astype(object), "padding_mask": MASK}, "`token_ids` must be whole .* dtype object"),
+        ({"token_ids": IDS, "padding_mask": MASK.astype(str)}, "`padding_mask` must be numbers, .* given dtype str"),
+    ],
+)
+def test_what_is_no_array_of_numbers_is_not_continued(bare, inputs, message):
+    with pytest.raises(InputError, match=message):
+        bare.generate(inputs, stop_token_ids=None)
+
+
+def test_lists_of_ids_are_continued(bare):
+    inputs = {"token_ids": [[2, 480, 0]], "padding_mask": [[1, 1, 0]]}
+    expected = bare.generate({name: np.array(rows) for name, rows in inputs.items()}, stop_token_ids=None)
+    found = bare.generate(inputs, stop_token_ids=None)
+    np.testing.assert_array_equal(found["token_ids"], expected["token_ids"])
+
+
 def test_a_processor_may_leave_one_token_or_force_one(model):
     def only(ids, logits):
         return np.where(np.arange(logits.shape[1]) == 500, 0.0, -np.inf)[None]
@@ -433,3 +551,24 @@ def test_options_of_a_dataset_are_checked(model):
 def test_more_candidates_than_tokens_are_all_of_them(model):
     options = {"max_new_tokens": 4, "temperature": 3.0, "seed": 1}
     assert model.generate("The cat", top_k=10**40, **options) == model.generate("The cat", top_k=SIZE, **options)
+
+
+@pytest.mark.parametrize("which", ["token_ids", "y"])
+def test_ids_in_a_dataset_are_looked_at_when_they_come(bare, which):
+    import tensorflow as tf
+
+    ids, labels = (IDS + SIZE * (which == name) for name in ("token_ids", "y"))
+    dataset = tf.data.Dataset.from_tensor_slices(({"token_ids": ids, "padding_mask": MASK}, labels)).batch(1)
+    bare.compile("sgd")
+    before = [ops.convert_to_numpy(v).copy() for v in bare.trainable_variables]
+    with pytest.raises(Exception, match=f"`{which}` must lie between 0 and 559"):
+        bare.fit(dataset, verbose=0)
+    for variable, value in zip(bare.trainable_variables, before, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(variable), value)
+
+
+@pytest.mark.once
+def test_a_missing_text_in_a_table_is_named(model):
+    datasets = pytest.importorskip("datasets")
+    with pytest.raises(InputError, match="None"):
+        model.fit(datasets.Dataset.from_dict({"text": ["a", "b", None]}), verbose=0)

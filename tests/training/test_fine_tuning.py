@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from gemma2_keras import Gemma2CausalLM, RunCheckpoints, TokenDataset, TrainingHistory, fine_tune
 from gemma2_keras.checkpoints.guard import lock
@@ -103,6 +105,24 @@ def test_run_interrupted_in_validation_goes_on(adapters, tmp_path, whole):
     assert_goes_on(adapters, tmp_path, whole)
 
 
+@pytest.mark.parametrize("callback", ["on_test_begin", "on_test_batch_end", "on_test_end", "on_epoch_end"])
+def test_dropout_after_an_interrupted_validation_is_that_of_the_whole_run(tmp_path, callback):
+    def made():
+        model = small.model(dropout=0.3)
+        model.optimizer.build(model.trainable_variables)
+        keras.utils.set_random_seed(5)
+        return model
+
+    x, y, weight = small.data(9, seed=5, shuffle=False)[0]
+    arrays = (x, y, weight)
+    expected = run(made(), validation_data=arrays)
+    once = keras.callbacks.Callback()
+    setattr(once, callback, lambda *_, **__: setattr(once, callback, lambda *_, **__: None) or interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        run(made(), tmp_path, callbacks=[once], validation_data=arrays)
+    assert run(made(), tmp_path, resume=True, validation_data=arrays) == expected
+
+
 def test_run_of_the_whole_model_goes_on(whole_model, tmp_path):
     expected = run(whole_model.fresh()), whole_model.weights()
     with pytest.raises(KeyboardInterrupt):
@@ -173,14 +193,15 @@ def test_bad_ids_in_the_middle_keep_the_last_step(adapters, tmp_path):
     assert checkpoints(tmp_path) == [0, 3]
 
 
-def test_full_disk_stops_nothing(adapters, tmp_path, monkeypatch, whole):
+@pytest.mark.parametrize("kind", [functools.partial(OSError, errno.ENOSPC), SafetensorError])
+def test_full_disk_stops_nothing(adapters, tmp_path, monkeypatch, whole, kind):
     written = []
 
     def save(tensors, path):
         written.append(path)
         if len(written) in (3, 4):
             path.write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise kind("No space left on device")
         original(tensors, path)
 
     original = run_folder.save_file

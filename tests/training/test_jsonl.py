@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -122,3 +123,16 @@ def test_a_line_without_end_is_not_read_whole(written, monkeypatch):
 def test_a_file_that_is_none_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
         read_jsonl(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("path", [5, True, None])
+def test_what_is_no_path_is_refused(path):
+    with pytest.raises(InputError, match="`path` must be that of a file of JSON lines"):
+        read_jsonl(path)
+
+
+def test_a_packed_file_is_told(tmp_path):
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n' * 9))
+    with pytest.raises(InputError, match="line 1: the file is packed; unpack it first"):
+        read_jsonl(path)

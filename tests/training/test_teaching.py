@@ -57,7 +57,7 @@ def test_likeliest_words_of_all_logits_are_kept(teacher, student, packed, monkey
     expected = shares_of(teacher, packed.x)
     counted = packed.sample_weight != 0
     ids, shares = taught.y["teacher_ids"], taught.y["teacher_shares"]
-    assert (ids.dtype, shares.dtype) == ("int32", "float16")
+    assert (ids.dtype, shares.dtype) == ("int32", "float32")
     kept = np.take_along_axis(expected, ids, -1)
     np.testing.assert_allclose(shares[counted], kept[counted], rtol=2e-3, atol=1e-4)
     np.testing.assert_allclose(kept[counted], -np.sort(-expected, -1)[counted][:, :5], rtol=1e-4)
