@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <thread>
@@ -22,7 +23,11 @@ class Barrier {
       return;
     }
     for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; spins++) {
-      if (spins > 2000) std::this_thread::yield();
+      // Whoever is waited for may have lost its processor to another program.
+      if (spins > 4000)
+        std::this_thread::sleep_for(std::chrono::microseconds(50));
+      else if (spins > 2000)
+        std::this_thread::yield();
 #if defined(__x86_64__)
       __builtin_ia32_pause();
 #endif
