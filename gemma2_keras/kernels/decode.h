@@ -238,9 +238,7 @@ void run_layers(Shared& shared, Private& own, const int32_t* tokens, const int32
       project<W>(layer.gate, normed, B, begin, end, thin,
                  [&](int64_t out, int64_t b, float y) { shared.active[b * m.hidden + out] = y; });
       for (int64_t b = 0; b < B; b++)
-        map(shared.active.data() + b * m.hidden + begin, end - begin, [](Vec y, int64_t) {
-          return 0.5f * y * (1.0f + hyperbolic_tangent(0.79788456f * (y + 0.044715f * y * y * y)));
-        });
+        map(shared.active.data() + b * m.hidden + begin, end - begin, [](Vec y, int64_t) { return gelu(y); });
       project<W>(layer.up, normed, B, begin, end, thin,
                  [&](int64_t out, int64_t b, float y) { shared.active[b * m.hidden + out] *= y; });
     }

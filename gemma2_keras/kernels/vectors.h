@@ -151,6 +151,9 @@ inline Vec hyperbolic_tangent(Vec x) {
   return p / (q * z + 4.89352518554385e-3f);
 }
 
+// GELU in its tanh form: (1 + tanh u) / 2 is 1 / (1 + e^-2u), in which nothing cancels.
+inline Vec gelu(Vec x) { return x / (exponential((x + x * x * x * 0.044715f) * -1.5957691216057308f) + 1.0f); }
+
 inline Vec soft_cap(Vec x, float cap) { return cap > 0 ? hyperbolic_tangent(x / cap) * cap : x; }
 
 // Applies `f` to whole vectors and to a padded rest.
