@@ -16,15 +16,8 @@ import keras
 import numpy as np
 from safetensors.numpy import save_file
 
-from gemma2_keras.checkpoints.guard import (
-    TENSOR_DTYPES,
-    open_tensors,
-    read_json,
-    replacing_folder,
-    restore_folder,
-    some,
-    write_json,
-)
+from gemma2_keras.checkpoints.guard import TENSOR_DTYPES, open_tensors, read_json, some
+from gemma2_keras.checkpoints.saving import replacing_folder, restore_folder, write_json
 from gemma2_keras.errors import CheckpointError
 from gemma2_keras.layers.low_rank import LowRank
 from gemma2_keras.models.adapters import ALL_LINEAR

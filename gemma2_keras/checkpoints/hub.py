@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from gemma2_keras.checkpoints.catalogue import describe_preset, list_presets
-from gemma2_keras.checkpoints.guard import restore_folder
+from gemma2_keras.checkpoints.saving import restore_folder
 from gemma2_keras.checkpoints.transformers import CONFIG_FILE
 from gemma2_keras.errors import PresetError
 

@@ -11,8 +11,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from gemma2_keras.checkpoints.guard import read_json, replacing_folder, write_json
+from gemma2_keras.checkpoints.guard import read_json
 from gemma2_keras.checkpoints.hub import OWN_FILE, resolve
+from gemma2_keras.checkpoints.saving import replacing_folder, write_json
 from gemma2_keras.checkpoints.transformers import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,

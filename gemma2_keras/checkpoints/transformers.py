@@ -10,8 +10,9 @@ import keras
 import numpy as np
 from safetensors.numpy import save_file
 
-from gemma2_keras.checkpoints.guard import TENSOR_DTYPES, file_inside, open_tensors, read_json, some, write_json
+from gemma2_keras.checkpoints.guard import TENSOR_DTYPES, file_inside, open_tensors, read_json, some
 from gemma2_keras.checkpoints.names import Weight, weight_map
+from gemma2_keras.checkpoints.saving import write_json
 from gemma2_keras.config import Gemma2Config
 from gemma2_keras.errors import CheckpointError
 

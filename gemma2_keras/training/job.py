@@ -11,8 +11,8 @@ import keras
 import numpy as np
 
 from gemma2_keras.checkpoints import adapters, hub, presets
-from gemma2_keras.checkpoints.guard import check_place, check_writable
 from gemma2_keras.checkpoints.names import weight_map
+from gemma2_keras.checkpoints.saving import check_place, check_writable
 from gemma2_keras.errors import InputError
 from gemma2_keras.models.adapters import chosen_modules
 from gemma2_keras.preprocessing.causal_lm_preprocessor import Gemma2CausalLMPreprocessor

@@ -19,7 +19,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from gemma2_keras.checkpoints.guard import lock, read_json, replacing_folder, write_json
+from gemma2_keras.checkpoints.guard import read_json
+from gemma2_keras.checkpoints.saving import lock, replacing_folder, write_json
 from gemma2_keras.errors import CheckpointError, InputError
 
 FORMAT = 1

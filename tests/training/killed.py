@@ -18,7 +18,7 @@ import numpy as np
 from keras import ops
 
 from gemma2_keras import adamw, fine_tune
-from gemma2_keras.checkpoints import guard
+from gemma2_keras.checkpoints import saving
 from tests.training import small
 
 EPOCHS = 3
@@ -67,7 +67,7 @@ def run(folder: Path, callbacks=()) -> None:
 # Behind a step; between the two files of a checkpoint; before a second checkpoint gets its name, in another epoch.
 ATTEMPTS = [
     lambda: [KillAt(4)],
-    lambda: kill_at_call(guard, "_flush", 2),
+    lambda: kill_at_call(saving, "_flush", 2),
     lambda: kill_at_call(Path, "rename", 2),
 ]
 

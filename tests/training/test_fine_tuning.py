@@ -16,7 +16,7 @@ import pytest
 from safetensors import SafetensorError
 
 from gemma2_keras import Gemma2CausalLM, RunCheckpoints, TokenDataset, TrainingHistory, fine_tune
-from gemma2_keras.checkpoints.guard import lock
+from gemma2_keras.checkpoints.saving import lock
 from gemma2_keras.errors import CheckpointError, InputError
 from gemma2_keras.training import run_folder
 from tests.training import small
