@@ -82,7 +82,6 @@ def test_it_is_saved_and_loaded_as_it_was(shipped, tmp_path):
 MODULES = [
     "checkpoints.catalogue",
     "checkpoints.guard",
-    "checkpoints.saving",
     "checkpoints.names",
     "config",
     "errors",
