@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
-from safetensors.numpy import save_file
 
-from gemma2_keras.checkpoints.guard import TENSOR_DTYPES, open_tensors, read_json, some
+from gemma2_keras.checkpoints.guard import file_inside, read_json, some
 from gemma2_keras.checkpoints.saving import replacing_folder, restore_folder, write_json
+from gemma2_keras.checkpoints.tensor_files import TensorFile, write_tensors
 from gemma2_keras.errors import CheckpointError
+from gemma2_keras.kernels import array, stored
 from gemma2_keras.layers.low_rank import LowRank
 from gemma2_keras.models.adapters import ALL_LINEAR
 
@@ -111,8 +111,8 @@ class StoredAdapter(NamedTuple):
         backbone.add_adapter(name, self.specs, trainable)
         layers = backbone.linear_layers()
         for module, arrays in self.weights.items():
-            for part, array in arrays.items():
-                layers[module].adapters[name].variables[part].assign(array)
+            for part, numbers in arrays.items():
+                layers[module].adapters[name].variables[part].assign(numbers)
 
 
 def read_adapter(folder: str | os.PathLike, backbone: Any) -> StoredAdapter:
@@ -129,7 +129,7 @@ def read_adapter(folder: str | os.PathLike, backbone: Any) -> StoredAdapter:
     if not path.is_dir():
         raise CheckpointError(f"There is no folder {path}.")
     shapes = {module: tuple(layer.weight.shape) for module, layer in backbone.linear_layers().items()}
-    specs = parse_config(read_json(path / CONFIG_FILE), list(shapes))
+    specs = parse_config(read_json(file_inside(path, CONFIG_FILE)), list(shapes))
     if not (path / WEIGHTS_FILE).exists() and (path / _PICKLE_FILE).exists():
         raise CheckpointError(
             f"{path / _PICKLE_FILE} is a pickle, which can run code and is not read. Save the adapter again with "
@@ -141,31 +141,27 @@ def read_adapter(folder: str | os.PathLike, backbone: Any) -> StoredAdapter:
         for part, shape in _part_shapes(spec, shapes[module]).items()
     }
     weights: dict[str, dict[str, np.ndarray]] = {module: {} for module in specs}
-    with open_tensors(path / WEIGHTS_FILE) as file:
-        held = set(file.keys())
-        if held != expected.keys():
-            missing, extra = expected.keys() - held, held - expected.keys()
-            raise CheckpointError(
-                f"{path / WEIGHTS_FILE} is not what {CONFIG_FILE} says: "
-                + "; ".join(
-                    f"{len(names)} tensors are {how}, {some(names)}"
-                    for how, names in (("missing", missing), ("not accounted for", extra))
-                    if names
-                )
-                + "."
+    file = TensorFile(file_inside(path, WEIGHTS_FILE))
+    held = file.entries.keys()
+    if held != expected.keys():
+        missing, extra = expected.keys() - held, held - expected.keys()
+        raise CheckpointError(
+            f"{path / WEIGHTS_FILE} is not what {CONFIG_FILE} says: "
+            + "; ".join(
+                f"{len(names)} tensors are {how}, {some(names)}"
+                for how, names in (("missing", missing), ("not accounted for", extra))
+                if names
             )
-        for name, (_, _, shape) in expected.items():
-            piece = file.get_slice(name)
-            if tuple(piece.get_shape()) != shape:
-                raise CheckpointError(
-                    f"Tensor {name!r} has shape {tuple(piece.get_shape())}; the model and {CONFIG_FILE} ask {shape}."
-                )
-            if piece.get_dtype() not in TENSOR_DTYPES:
-                raise CheckpointError(
-                    f"Tensor {name!r} has dtype {piece.get_dtype()}; allowed: {', '.join(TENSOR_DTYPES)}."
-                )
-        for name, (module, part, _) in expected.items():
-            weights[module][part] = file.get_tensor(name).astype("float32")
+            + "."
+        )
+    for name, (_, _, shape) in expected.items():
+        if file.entries[name].shape != shape:
+            raise CheckpointError(
+                f"Tensor {name!r} has shape {file.entries[name].shape}; the model and {CONFIG_FILE} ask {shape}."
+            )
+        file.require_known(name)
+    for name, (module, part, _) in expected.items():
+        weights[module][part] = file.read(name).astype("float32")
     return StoredAdapter(specs, weights)
 
 
@@ -182,15 +178,16 @@ def write_adapter(folder: str | os.PathLike, backbone: Any, name: Any) -> None:
         FileExistsError: if something else than a saved adapter stands at `folder`.
     """
     specs, layers = backbone.adapter_specs(name), backbone.linear_layers()
-    tensors = {
-        _tensor_name(module, part): np.ascontiguousarray(keras.ops.convert_to_numpy(variable))
+    variables = {
+        _tensor_name(module, part): variable
         for module in specs
         for part, variable in layers[module].adapters[name].variables.items()
     }
+    shapes = {key: tuple(variable.shape) for key, variable in variables.items()}
     files = (CONFIG_FILE, WEIGHTS_FILE)
     with replacing_folder(folder, CONFIG_FILE, lambda file: file in (*files, _PICKLE_FILE), "adapter") as beside:
         write_json(beside / CONFIG_FILE, describe_config(specs, list(layers)))
-        save_file(tensors, beside / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_tensors(beside / WEIGHTS_FILE, shapes, "float32", lambda key: array(stored(variables[key])))
 
 
 def _tensor_name(module: str, part: str) -> str:

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from gemma2_keras.checkpoints.contents import LiveCheckpoint, load_into
 from gemma2_keras.checkpoints.guard import read_json
 from gemma2_keras.checkpoints.hub import OWN_FILE, resolve
 from gemma2_keras.checkpoints.saving import replacing_folder, write_json
@@ -34,7 +35,9 @@ _OWN_TYPES = {
 }
 
 
-def load_backbone(cls: type, preset: Any, *, load_weights: bool = True, dtype: Any = None) -> Any:
+def load_backbone(
+    cls: type, preset: Any, *, load_weights: bool = True, dtype: Any = None, check_finite: bool = True
+) -> Any:
     """Build `cls` for a preset and, if asked, fill it with the preset's weights."""
     folder = resolve(preset)
     settings = read_json(folder / CONFIG_FILE)
@@ -46,7 +49,7 @@ def load_backbone(cls: type, preset: Any, *, load_weights: bool = True, dtype: A
     checkpoint = SafetensorsCheckpoint(folder, config)
     with awaiting_weights():
         backbone = cls(**hyperparameters, dtype=_stored_dtype(settings) or checkpoint.dtype if dtype is None else dtype)
-    checkpoint.assign_to(backbone)
+    load_into(backbone, checkpoint, check_finite)
     return backbone
 
 
@@ -128,7 +131,7 @@ def save_preset(
                 if _is_ours(path.name) and (backbone is None or not _is_of_model(path.name)):
                     shutil.copy(path, beside)
         if backbone is not None:
-            write_checkpoint(beside, backbone, max_shard_size)
+            write_checkpoint(beside, LiveCheckpoint(backbone), max_shard_size=max_shard_size)
             own["dropout"] = backbone.config.dropout
         if tokenizer is not None:
             (beside / TOKENIZER_FILE).write_bytes(tokenizer.proto)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
-from safetensors.numpy import save_file
 
-from gemma2_keras.checkpoints.guard import TENSOR_DTYPES, file_inside, open_tensors, read_json, some
-from gemma2_keras.checkpoints.names import Weight, weight_map
+from gemma2_keras.checkpoints.contents import Checkpoint
+from gemma2_keras.checkpoints.guard import file_inside, read_json, some
+from gemma2_keras.checkpoints.names import weight_map
 from gemma2_keras.checkpoints.saving import write_json
+from gemma2_keras.checkpoints.tensor_files import TensorFile, write_tensors
 from gemma2_keras.config import Gemma2Config
 from gemma2_keras.errors import CheckpointError
 
@@ -22,7 +22,8 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILE = "tokenizer.model"
 
-_TIED_OUTPUT = "lm_head.weight"
+_TIED_OUTPUT, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_ROWS_COMPARED = 2**12
 
 # Their key -> our hyperparameter. All must be there.
 _ARCHITECTURE = {
@@ -169,7 +170,7 @@ def _typed(key: str, value: Any) -> Any:
 
 
 class SafetensorsCheckpoint:
-    """The tensors of a folder, whole and as expected before any is read.
+    """The tensors of a folder, whole and as expected before any is read: a `contents.Checkpoint`.
 
     Args:
         folder: holds `model.safetensors`, or its index and shards.
@@ -181,85 +182,69 @@ class SafetensorsCheckpoint:
     """
 
     def __init__(self, folder: Path, config: Gemma2Config) -> None:
-        self._file_of: dict[str, Path] = {}
-        self._dtypes: set[str] = set()
-        shapes = {}
+        self.config = config
+        self._file_of: dict[str, TensorFile] = {}
         for path, names in _files(folder).items():
-            with open_tensors(path) as file:
-                held = list(file.keys())
-                if names is not None and set(held) != names:
-                    raise CheckpointError(
-                        f"{path} does not hold what the index says: {some(set(held) ^ names)} in one of them only."
-                    )
-                for name in held:
-                    if name in self._file_of:
-                        raise CheckpointError(f"Tensor {name!r} is in {self._file_of[name].name} and in {path.name}.")
-                    self._file_of[name] = path
-                    piece = file.get_slice(name)
-                    shapes[name] = tuple(piece.get_shape())
-                    if piece.get_dtype() not in TENSOR_DTYPES:
-                        raise CheckpointError(
-                            f"Tensor {name!r} has dtype {piece.get_dtype()}; allowed: {', '.join(TENSOR_DTYPES)}."
-                        )
-                    self._dtypes.add(TENSOR_DTYPES[piece.get_dtype()])
-        if config.num_layers > len(shapes):
+            file = TensorFile(path)
+            if names is not None and file.entries.keys() != names:
+                raise CheckpointError(
+                    f"{path} does not hold what the index says: {some(file.entries.keys() ^ names)} in one of them "
+                    "only."
+                )
+            for name in file.entries:
+                if name in self._file_of:
+                    raise CheckpointError(f"Tensor {name!r} is in {self._file_of[name].path.name} and in {path.name}.")
+                file.require_known(name)
+                self._file_of[name] = file
+        if config.num_layers > len(self._file_of):
             raise CheckpointError(
-                f"{folder} has {len(shapes)} tensors, too few for the {config.num_layers} layers of the configuration."
+                f"{folder} has {len(self._file_of)} tensors, too few for the {config.num_layers} layers of the "
+                "configuration."
             )
-        self._weights = weight_map(config)
+        weights = weight_map(config)
         tied_copy = self._file_of.pop(_TIED_OUTPUT, None)
-        if tied_copy is not None:
-            self._check_tied_copy(tied_copy, shapes.pop(_TIED_OUTPUT))
-        missing, extra = self._weights.keys() - shapes.keys(), shapes.keys() - self._weights.keys()
+        held = self._file_of.keys()
+        missing, extra = weights.keys() - held, held - weights.keys()
         if missing:
             raise CheckpointError(f"{folder} lacks {len(missing)} tensors: {some(missing)}.")
         if extra:
             raise CheckpointError(f"{folder} has {len(extra)} tensors that no Gemma 2 has: {some(extra)}.")
-        for name, weight in self._weights.items():
-            if shapes[name] != weight.shape:
-                raise CheckpointError(
-                    f"Tensor {name!r} has shape {shapes[name]}; the configuration asks {weight.shape}."
-                )
+        for name, weight in weights.items():
+            shape = self._file_of[name].entries[name].shape
+            if shape != weight.shape:
+                raise CheckpointError(f"Tensor {name!r} has shape {shape}; the configuration asks {weight.shape}.")
+        if tied_copy is not None:
+            self._check_tied_copy(tied_copy)
 
-    def _check_tied_copy(self, path: Path, shape: tuple[int, ...]) -> None:
-        embedding = "model.embed_tokens.weight"
-        if embedding not in self._file_of or shape != self._weights[embedding].shape:
+    def _check_tied_copy(self, file: TensorFile) -> None:
+        copy, table = file.read(_TIED_OUTPUT), self.read(_EMBEDDING)
+        if copy.shape != table.shape:
             raise CheckpointError(
-                f"{_TIED_OUTPUT!r} is no copy of {embedding!r}; an output of its own is not implemented."
+                f"{_TIED_OUTPUT!r} is no copy of {_EMBEDDING!r}; an output of its own is not implemented."
             )
-        with open_tensors(path) as file:
-            copy = file.get_tensor(_TIED_OUTPUT)
-        if not np.array_equal(copy, self.read(embedding)):
-            raise CheckpointError(f"{_TIED_OUTPUT!r} differs from {embedding!r}; an untied output is not implemented.")
+        rows = range(0, len(table), _ROWS_COMPARED)
+        if not all(np.array_equal(copy[i : i + _ROWS_COMPARED], table[i : i + _ROWS_COMPARED]) for i in rows):
+            raise CheckpointError(f"{_TIED_OUTPUT!r} differs from {_EMBEDDING!r}; an untied output is not implemented.")
 
     @property
     def dtype(self) -> str:
         """The dtype of the tensors; float32 where they differ."""
-        return next(iter(self._dtypes)) if len(self._dtypes) == 1 else "float32"
+        dtypes = {file.require_known(name).name for name, file in self._file_of.items()}
+        return dtypes.pop() if len(dtypes) == 1 else "float32"
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor."""
-        with open_tensors(self._file_of[name]) as file:
-            return file.get_tensor(name)
-
-    def assign_to(self, backbone: Any) -> None:
-        """Copy every tensor into the backbone's variables, cast to their dtype."""
-        by_file: dict[Path, list[tuple[str, Weight]]] = {}
-        for name, weight in self._weights.items():
-            by_file.setdefault(self._file_of[name], []).append((name, weight))
-        for path, entries in by_file.items():
-            with open_tensors(path) as file:
-                for name, weight in entries:
-                    weight.variable_of(backbone).assign(file.get_tensor(name))
+        """One tensor, as a view of its file: what is written to it does not reach the file."""
+        return self._file_of[name].read(name)
 
 
 def _files(folder: Path) -> dict[Path, set[str] | None]:
     """The files of weights, each with the tensors that the index promises in it (`None`: there is no index)."""
-    if (folder / WEIGHTS_FILE).exists():
-        return {folder / WEIGHTS_FILE: None}
+    single = file_inside(folder, WEIGHTS_FILE)
+    if single.exists():
+        return {single: None}
     if not (folder / INDEX_FILE).exists():
         raise CheckpointError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}: there are no weights to load.")
-    shard_of = read_json(folder / INDEX_FILE).get("weight_map")
+    shard_of = read_json(file_inside(folder, INDEX_FILE)).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise CheckpointError(f"{folder / INDEX_FILE} has no `weight_map`.")
     files: dict[Path, set[str] | None] = {}
@@ -270,52 +255,37 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
     return files
 
 
-def write_checkpoint(folder: Path, backbone: Any, max_shard_size: float | None) -> None:
-    """Write configuration and weights, adapters merged, as transformers reads them.
+def write_checkpoint(
+    folder: Path, checkpoint: Checkpoint, dtype: str | None = None, max_shard_size: float | None = None
+) -> None:
+    """Write configuration and weights as transformers reads them, one tensor at a time.
 
     Args:
         folder: an existing folder.
-        backbone: a `Gemma2Backbone`.
+        checkpoint: what to write.
+        dtype: of the tensors; `None` is the checkpoint's.
         max_shard_size: most GB in one file; `None` for a single file.
     """
-    dtype = keras.backend.standardize_dtype(backbone.token_embedding.embeddings.dtype)
-    write_json(folder / CONFIG_FILE, describe_config(backbone.config, dtype))
+    dtype = dtype or checkpoint.dtype
+    write_json(folder / CONFIG_FILE, describe_config(checkpoint.config, dtype))
+    shapes = {name: weight.shape for name, weight in weight_map(checkpoint.config).items()}
     limit = float("inf") if max_shard_size is None else max_shard_size * 1e9
-    shards: list[list[tuple[str, Weight]]] = [[]]
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
     size = total = 0
-    for name, weight in weight_map(backbone.config).items():
-        variable = weight.variable_of(backbone)
-        nbytes = int(np.prod(weight.shape)) * np.dtype(_numpy_dtype(variable)).itemsize
+    for name, shape in shapes.items():
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         if shards[-1] and size + nbytes > limit:
-            shards.append([])
+            shards.append({})
             size = 0
-        shards[-1].append((name, weight))
+        shards[-1][name] = shape
         size += nbytes
         total += nbytes
     if len(shards) == 1:
-        _write_shard(folder / WEIGHTS_FILE, shards[0], backbone)
+        write_tensors(folder / WEIGHTS_FILE, shapes, dtype, checkpoint.read)
         return
     shard_of = {}
-    for i, entries in enumerate(shards, start=1):
+    for i, part in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(folder / file, entries, backbone)
-        shard_of.update({name: file for name, _ in entries})
-    index = {"metadata": {"total_size": total}, "weight_map": shard_of}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _write_shard(path: Path, entries: list[tuple[str, Weight]], backbone: Any) -> None:
-    tensors = {}
-    for name, weight in entries:
-        owner = weight.layer_of(backbone)
-        merged = getattr(owner, "merged_weight", None)
-        value = keras.ops.convert_to_numpy(weight.variable_of(backbone)) if merged is None else merged()
-        tensors[name] = np.ascontiguousarray(value)
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def _numpy_dtype(variable: Any) -> Any:
-    import ml_dtypes
-
-    name = keras.backend.standardize_dtype(variable.dtype)
-    return ml_dtypes.bfloat16 if name == "bfloat16" else name
+        write_tensors(folder / file, part, dtype, checkpoint.read)
+        shard_of.update(dict.fromkeys(part, file))
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": shard_of})

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from gemma2_keras.kernels import native
+from gemma2_keras.kernels import buffers, native
 from gemma2_keras.ops import attention as portable
 from gemma2_keras.ops.attention import soft_cap
 from gemma2_keras.ops.cross_entropy import (
@@ -29,8 +29,11 @@ from gemma2_keras.ops.rotary import apply_rotary
 __all__ = [
     "STATIC_SHAPES",
     "apply_rotary",
+    "array",
     "attention",
     "compiled",
+    "empty",
+    "fill",
     "gated_gelu",
     "linear",
     "projected_cross_entropy",
@@ -265,6 +268,27 @@ def write_slots(buffer: Any, slots: Any, values: Any) -> Any:
 def tensor(array: Any) -> Any:
     """A tensor of the numbers of a NumPy array."""
     return keras.ops.convert_to_tensor(array)
+
+
+def array(x: Any) -> np.ndarray:
+    """The numbers of a tensor as a NumPy array, over its memory where there is one memory for both."""
+    return np.asarray(x)
+
+
+def empty(shape: Sequence[int], dtype: str) -> Any:
+    """A tensor of any numbers, whose memory is not taken before they are set; zeros where memory is distributed."""
+    if keras.distribution.distribution() is not None:
+        return jnp.zeros(tuple(shape), dtype)
+    return jax.device_put(buffers.empty(shape, jnp.dtype(dtype)))
+
+
+def fill(variable: Any, numbers: np.ndarray) -> None:
+    """Make a NumPy array of a Keras variable's shape and dtype its value, over the array's memory where that can be.
+
+    Where the variable is spread over devices, each gets its part.
+    """
+    spread = keras.distribution.distribution() is not None
+    variable.assign(numbers if spread else jax.device_put(buffers.aligned(numbers)))
 
 
 def stored(variable: Any) -> Any:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
-from gemma2_keras.kernels import native
+from gemma2_keras.kernels import buffers, native
 from gemma2_keras.ops.attention import attention, soft_cap
 from gemma2_keras.ops.cross_entropy import (
     LossTerms,
@@ -27,8 +28,11 @@ from gemma2_keras.ops.rotary import apply_rotary
 __all__ = [
     "STATIC_SHAPES",
     "apply_rotary",
+    "array",
     "attention",
     "compiled",
+    "empty",
+    "fill",
     "gated_gelu",
     "linear",
     "projected_cross_entropy",
@@ -177,6 +181,25 @@ def write_slots(buffer: Any, slots: Any, values: Any) -> Any:
 def tensor(array: Any) -> Any:
     """A tensor of the numbers of a NumPy array."""
     return keras.ops.convert_to_tensor(array)
+
+
+def array(x: Any) -> np.ndarray:
+    """The numbers of a tensor as a NumPy array, over its memory where there is one memory for both."""
+    return tf.convert_to_tensor(x).numpy()
+
+
+def empty(shape: Sequence[int], dtype: str) -> Any:
+    """A tensor of any numbers, whose memory is not taken before they are set."""
+    return tf.raw_ops.Empty(shape=tuple(shape), dtype=dtype, init=False)
+
+
+def fill(variable: Any, numbers: np.ndarray) -> None:
+    """Make a NumPy array of a Keras variable's shape and dtype its value, over the array's memory where that can be."""
+    numbers = buffers.aligned(numbers)
+    # DLPack has no name for the bfloat16 of NumPy.
+    words = numbers.view("uint16") if numbers.dtype.name == "bfloat16" else numbers
+    shared = tf.experimental.dlpack.from_dlpack(words.__dlpack__())
+    variable.assign(shared if words is numbers else tf.bitcast(shared, tf.bfloat16))
 
 
 def stored(variable: Any) -> Any:

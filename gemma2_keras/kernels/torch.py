@@ -31,8 +31,11 @@ from gemma2_keras.ops.rotary import apply_rotary as portable_apply_rotary
 __all__ = [
     "STATIC_SHAPES",
     "apply_rotary",
+    "array",
     "attention",
     "compiled",
+    "empty",
+    "fill",
     "gated_gelu",
     "linear",
     "projected_cross_entropy",
@@ -272,6 +275,22 @@ def tensor(array: Any) -> Any:
     bfloat16 = array.dtype == ml_dtypes.bfloat16
     numbers = torch.from_numpy(array.view("uint16") if bfloat16 else array)
     return keras.ops.convert_to_tensor(numbers.view(torch.bfloat16) if bfloat16 else numbers)
+
+
+def array(x: Any) -> np.ndarray:
+    """The numbers of a tensor as a NumPy array, over its memory where there is one memory for both."""
+    x = x.detach().cpu()
+    return x.view(torch.uint16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
+
+
+def empty(shape: Sequence[int], dtype: str) -> Any:
+    """A tensor of any numbers, whose memory is not taken before they are set."""
+    return torch.empty(tuple(shape), dtype=getattr(torch, dtype), device=keras.ops.zeros(()).device)
+
+
+def fill(variable: Any, numbers: np.ndarray) -> None:
+    """Make a NumPy array of a Keras variable's shape and dtype its value, over the array's memory where that can be."""
+    variable.value.data = tensor(numbers)
 
 
 def stored(variable: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How weights start: small random numbers, or zeros when a checkpoint is about to fill them."""
+"""How weights start: small random numbers, or any when a checkpoint is about to fill them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import keras
 import ml_dtypes
 import numpy as np
 
-from gemma2_keras.kernels import tensor
+from gemma2_keras.kernels import empty, tensor
 
 STANDARD_DEVIATION = 0.02
 # Numbers drawn at once.
@@ -22,7 +22,7 @@ _awaiting_weights: contextvars.ContextVar[bool] = contextvars.ContextVar("awaiti
 
 @contextlib.contextmanager
 def awaiting_weights() -> Iterator[None]:
-    """Layers built inside start from zeros: drawing random numbers that a checkpoint replaces would be time lost."""
+    """Matrices of layers built inside start as any numbers, which take no memory: a checkpoint has to replace them."""
     token = _awaiting_weights.set(True)
     try:
         yield
@@ -31,10 +31,18 @@ def awaiting_weights() -> Iterator[None]:
 
 
 def weight_initializer() -> keras.initializers.Initializer:
-    """The initializer of every matrix: normal with deviation 0.02, or zeros inside `awaiting_weights`."""
+    """The initializer of every matrix: normal with deviation 0.02, or none inside `awaiting_weights`."""
     if _awaiting_weights.get():
-        return keras.initializers.Zeros()
+        return Unset()
     return BlockwiseNormal(stddev=STANDARD_DEVIATION)
+
+
+class Unset(keras.initializers.Initializer):
+    """Numbers as memory happens to hold them."""
+
+    def __call__(self, shape, dtype=None):
+        """A tensor of the given shape."""
+        return empty(shape, keras.backend.standardize_dtype(dtype))
 
 
 @keras.saving.register_keras_serializable(package="gemma2_keras")

@@ -168,13 +168,14 @@ class Gemma2Backbone(Adaptable, keras_hub.models.Backbone):
         return backbone
 
     @classmethod
-    def from_preset(cls, preset, load_weights=True, *, dtype=None):
+    def from_preset(cls, preset, load_weights=True, *, dtype=None, check_finite=True):
         """Load a backbone by preset name, handle or folder.
 
         Args:
             preset: a name of `gemma2_keras.list_presets()`, a handle `hf://owner/name`, or a folder.
             load_weights: `False` builds the architecture with random weights.
             dtype: a Keras dtype policy; `None` keeps the one of the checkpoint.
+            check_finite: whether weights that are NaN or infinite are refused.
 
         Raises:
             PresetError: if the name leads nowhere.
@@ -182,7 +183,7 @@ class Gemma2Backbone(Adaptable, keras_hub.models.Backbone):
         """
         from gemma2_keras.checkpoints.presets import load_backbone
 
-        return load_backbone(cls, preset, load_weights=load_weights, dtype=dtype)
+        return load_backbone(cls, preset, load_weights=load_weights, dtype=dtype, check_finite=check_finite)
 
     def save_to_preset(self, preset_dir, max_shard_size=10) -> None:
         """Write the backbone alone, as `Gemma2CausalLM.save_to_preset` writes the whole model.

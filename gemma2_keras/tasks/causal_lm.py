@@ -79,7 +79,7 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
     # Loading and saving
 
     @classmethod
-    def from_preset(cls, preset, load_weights=True, *, dtype=None, **kwargs):
+    def from_preset(cls, preset, load_weights=True, *, dtype=None, check_finite=True, **kwargs):
         """Load a model by preset name, handle or folder.
 
         Args:
@@ -87,6 +87,7 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
                 `save_to_preset` wrote, or a checkpoint that transformers wrote.
             load_weights: `False` builds the architecture with random weights.
             dtype: a Keras dtype policy, such as `"bfloat16"`; `None` keeps the checkpoint's.
+            check_finite: whether weights that are NaN or infinite are refused.
             **kwargs: as the constructor takes them; `preprocessor=None` leaves the preprocessor out.
 
         Raises:
@@ -95,7 +96,7 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
         """
         if "preprocessor" not in kwargs and preset_files.has_tokenizer(preset):
             kwargs["preprocessor"] = cls.preprocessor_cls.from_preset(preset)
-        backbone = cls.backbone_cls.from_preset(preset, load_weights, dtype=dtype)
+        backbone = cls.backbone_cls.from_preset(preset, load_weights, dtype=dtype, check_finite=check_finite)
         return cls(backbone, **kwargs)
 
     def save_to_preset(self, preset_dir: str | os.PathLike, max_shard_size: float | None = 10) -> None:

@@ -159,7 +159,7 @@ def test_saving_replaces_an_adapter_and_nothing_else(model, saved, folder, tmp_p
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("gemma2_keras.checkpoints.adapters.save_file", fail)
+        patch.setattr("gemma2_keras.checkpoints.adapters.write_tensors", fail)
         with pytest.raises(OSError, match="no space left"):
             model.save_adapter(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

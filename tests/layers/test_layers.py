@@ -357,12 +357,16 @@ def test_dropout_acts_in_training_only():
     assert (array(layer(x, context=context, training=True)) != silent).any()
 
 
-def test_weights_await_a_checkpoint_as_zeros():
-    layer, random = Linear(3), Linear(3)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_await_a_checkpoint_without_being_drawn(dtype):
+    layer, random = Linear(3, dtype=dtype), Linear(3, dtype=dtype)
     with awaiting_weights():
         layer.build((None, 5))
+    assert tuple(layer.weight.shape) == (3, 5)
+    assert keras.backend.standardize_dtype(layer.weight.dtype) == dtype
+    layer.weight.assign(np.ones((3, 5)))
+    np.testing.assert_array_equal(array(layer.weight), 1)
     random.build((None, 5))
-    assert not array(layer.weight).any()
     assert array(random.weight).all()
 
 
