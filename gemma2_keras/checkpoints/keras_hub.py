@@ -79,7 +79,7 @@ _POLICIES = {
     "mixed_bfloat16": "float32",
     "mixed_float16": "float32",
 }
-_POLICY_CLASSES = {"DTypePolicy", "FloatDTypePolicy"}
+_POLICY_CLASSES = ("DTypePolicy", "FloatDTypePolicy")
 # Key of a tokenizer -> the only value that means what ours does.
 _TOKENIZER = {"proto": None, "sequence_length": None, "add_bos": False, "add_eos": False}
 
