@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# How the hidden folders end that a save writes into, and that it moves the old one to.
-_NEW, _OLD = ".saving", ".old"
+# How the hidden folders end that a save writes into, and that it moves the old one to; and hidden files.
+_NEW, _OLD, _NEW_FILE = ".saving", ".old", ".writing"
 
 
 @contextlib.contextmanager
@@ -69,6 +69,58 @@ def replacing_folder(
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise
+
+
+@contextlib.contextmanager
+def replacing_file(path: str | os.PathLike, ours: Callable[[Path], bool], kind: str) -> Iterator[Path]:
+    """Write a whole file beside `path`, then put it in its place; on any error the old one stays as it was.
+
+    Of several that write to one path at a time the last takes it. What a killed one has left is removed first.
+
+    Args:
+        path: where the result shall stand. What is there may be replaced if it is an empty file or `ours`.
+        ours: tells of a file whether it is of the kind that may be replaced.
+        kind: what is written, for the error message, as in "a GGUF file".
+
+    Yields:
+        The path of a new, empty file to write.
+
+    Raises:
+        FileExistsError: if something else stands at `path`.
+    """
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise TypeError(f"The file to write must be a path; given {path!r}.")
+    target = Path(os.path.abspath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}{_NEW_FILE}"
+    with contextlib.ExitStack() as held:
+        with _alone_in(target.parent):
+            _require_own_file(target, ours, kind)
+            for left in _left_beside(target, _NEW_FILE):
+                # Who still writes it holds it.
+                with _alone_in(left, wait=False) as ended:
+                    if ended:
+                        left.unlink()
+            beside.touch()
+            held.enter_context(_alone_in(beside))
+        try:
+            yield beside
+            _flush(beside)
+            with _alone_in(target.parent):
+                # Another may have stood up meanwhile.
+                _require_own_file(target, ours, kind)
+                beside.replace(target)
+                _flush(target.parent)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+
+
+def _require_own_file(target: Path, ours: Callable[[Path], bool], kind: str) -> None:
+    if os.path.lexists(target):
+        regular = target.is_file() and not target.is_symlink()
+        if not regular or (target.stat().st_size and not ours(target)):
+            raise FileExistsError(f"{target} exists and is not {kind}: choose another path, or remove it first.")
 
 
 def check_place(folder: str | os.PathLike, marker: str, kind: str = "preset") -> None:
@@ -154,7 +206,7 @@ def _complete(target: Path, replaced: Callable[[str], bool]) -> None:
 
 
 def _left_beside(target: Path, suffix: str) -> list[Path]:
-    """Folders that exchanges with `target` use, or have left."""
+    """Folders and files that writers of `target` use, or have left."""
     return sorted(target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}{suffix}")) if target.name else []
 
 
