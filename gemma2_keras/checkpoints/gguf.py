@@ -6,13 +6,12 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 import gguf
 import ml_dtypes
 import numpy as np
 
-from gemma2_keras.checkpoints.contents import Checkpoint
 from gemma2_keras.checkpoints.gguf_architecture import (
     ARCHITECTURE,
     REMAINDER,
@@ -26,6 +25,9 @@ from gemma2_keras.checkpoints.names import weight_map
 from gemma2_keras.checkpoints.saving import replacing_file
 from gemma2_keras.config import Gemma2Config
 from gemma2_keras.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from gemma2_keras.checkpoints.contents import Checkpoint
 
 MODELFILE = "Modelfile"
 DTYPES = ("float32", "float16", "bfloat16", "q8_0")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gemma2_keras.checkpoints.guard import read_json
-from gemma2_keras.checkpoints.saving import replacing_folder, restore_folder, write_json
+from gemma2_keras.checkpoints.saving import replacing_file, replacing_folder, restore_folder, write_json
 
 pytestmark = pytest.mark.once
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -221,3 +221,128 @@ def test_what_is_written_is_read(tmp_path):
     value = {"b": [1, 2.5, None, True], "a": {"\u00e9": "日本"}}
     write_json(tmp_path / "x.json", value)
     assert read_json(tmp_path / "x.json") == value
+
+
+# Single files
+
+
+def is_ours(path: Path) -> bool:
+    return path.read_text().startswith("ours")
+
+
+def write_file(path, content: str = "ours, new") -> None:
+    with replacing_file(path, is_ours, "a file of ours") as beside:
+        beside.write_text(content)
+
+
+def test_a_file_is_made_with_its_parents_and_replaced(tmp_path):
+    path = tmp_path / "a" / "b"
+    write_file(path, "ours, first")
+    write_file(str(path), "ours, second")
+    assert path.read_text() == "ours, second"
+    path.write_text("")
+    write_file(path, "ours, third")
+    assert path.read_text() == "ours, third"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o007])
+def test_the_file_is_as_readable_as_any_other(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_file(tmp_path / "x")
+        assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o666 & ~umask
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
+def test_an_error_leaves_the_old_file_and_nothing_beside(tmp_path, error):
+    write_file(tmp_path / "x", "ours, old")
+
+    def write_half() -> None:
+        with replacing_file(tmp_path / "x", is_ours, "a file of ours") as beside:
+            beside.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"x": "ours, old"}
+
+
+def _symlink_to_a_file(path):
+    write_file(path.with_name("real"))
+    path.symlink_to(path.with_name("real"))
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.write_text("mine"), _symlink_to_a_file])
+def test_a_file_that_is_not_ours_is_refused_and_left_alone(tmp_path, make):
+    make(tmp_path / "x")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FileExistsError, match="exists and is not a file of ours: choose another path, or remove it"):
+        write_file(tmp_path / "x")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_file_that_was_put_there_meanwhile_is_left_alone(tmp_path):
+    def save() -> None:
+        with replacing_file(tmp_path / "x", is_ours, "a file of ours") as beside:
+            beside.write_text("ours")
+            (tmp_path / "x").write_text("mine")
+
+    with pytest.raises(FileExistsError, match="is not a file of ours"):
+        save()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"x": "mine"}
+
+
+@pytest.mark.parametrize("path", [None, "", 5])
+def test_a_file_without_a_path(path):
+    with pytest.raises(TypeError, match="The file to write must be a path"):
+        write_file(path)
+
+
+@pytest.mark.parametrize("moment", ["writing", "flushing", "replacing", "replaced"])
+def test_a_killed_process_leaves_the_old_file_or_the_new(tmp_path, moment):
+    target = tmp_path / "sa[v]ed"
+    write_file(target, "ours, old")
+    script = f"""
+        import os
+        from pathlib import Path
+        from gemma2_keras.checkpoints import saving
+        die, flush, moment = lambda *arguments: os._exit(9), saving._flush, {moment!r}
+        if moment == "flushing":
+            saving._flush = die
+        if moment == "replacing":
+            Path.replace = die
+        if moment == "replaced":
+            saving._flush = lambda path: die() if path.is_dir() else flush(path)
+        with saving.replacing_file({str(target)!r}, lambda path: True, "a file of ours") as beside:
+            beside.write_text("ours, new")
+            if moment == "writing":
+                die()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=REPOSITORY, timeout=60)
+    assert done.returncode == 9
+    assert target.read_text() == ("ours, new" if moment == "replaced" else "ours, old")
+    # And the next one clears up.
+    write_file(target, "ours, next")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"sa[v]ed": "ours, next"}
+
+
+def test_a_file_that_another_is_writing_is_left_alone(tmp_path):
+    with replacing_file(tmp_path / "x", is_ours, "a file of ours") as slow:
+        slow.write_text("ours, slow")
+        write_file(tmp_path / "x", "ours, quick")
+        # Of another file, or made by hand.
+        (tmp_path / ".x.more.0123abcd.writing").touch()
+        assert (tmp_path / "x").read_text() == "ours, quick"
+    assert (tmp_path / "x").read_text() == "ours, slow"
+    assert {path.name for path in tmp_path.iterdir()} == {"x", ".x.more.0123abcd.writing"}
+
+
+def test_many_who_write_one_file_leave_one_whole_file(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: write_file(tmp_path / "x", f"ours, {i}" * 1000), range(40)))
+    content = (tmp_path / "x").read_text()
+    assert content == content[: len(content) // 1000] * 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
