@@ -5,83 +5,103 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from gemma2_keras.checkpoints.catalogue import describe_preset, list_presets
+from gemma2_keras.checkpoints import google_storage, hugging_face, kaggle
+from gemma2_keras.checkpoints.catalogue import Preset, describe_preset, list_presets
+from gemma2_keras.checkpoints.fetching import OWN_FILE
 from gemma2_keras.checkpoints.saving import restore_folder
 from gemma2_keras.checkpoints.transformers import CONFIG_FILE
 from gemma2_keras.errors import PresetError
 
-HUGGING_FACE = "hf://"
-# In a folder that we saved, for what transformers has no place for.
-OWN_FILE = "gemma2_keras.json"
-# What a checkpoint needs, and nothing that a repository may hold beside it.
-_WANTED = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.model")
+_SOURCES = (hugging_face, kaggle, google_storage)
+_HANDLES = ", ".join(source.HANDLE for source in _SOURCES)
+_GGUF = ".gguf"
 
 
-def resolve(preset: str | os.PathLike) -> Path:
+def resolve(preset: str | os.PathLike, weights: bool = True) -> Path:
     """The folder of a preset, fetched first if it is not on this machine.
 
     Args:
-        preset: a name of the catalogue, a handle `hf://owner/name`, or a folder with a `config.json`.
+        preset: a name of the catalogue; a handle `hf://owner/name`, `hf://owner/name@revision`,
+            `kaggle://owner/model/keras/variation/version`, with or without the version, or `gs://bucket/folder`; a
+            folder with a `config.json`; or a `.gguf` file.
+        weights: whether the weights are fetched. Without them little is, so that a tokenizer or an architecture costs
+            no large download; asking again with them fetches the rest into the same folder.
+
+    Returns:
+        The folder; for a `.gguf` file, the file.
 
     Raises:
         PresetError: says why it leads nowhere, and what would.
+        CheckpointError: if a configuration or an index that was fetched is broken.
+
+    >>> resolve("gemma2_tiny_en").name
+    'gemma2_tiny_en'
     """
     if not isinstance(preset, str | os.PathLike):
         raise PresetError(f"`preset` must be a name, a handle or a folder; given {type(preset).__name__}.")
     text = os.fspath(preset)
     if not text.strip():
         raise PresetError(
-            f"`preset` is empty: give a name of `gemma2_keras.list_presets()`, a handle {HUGGING_FACE}owner/name, or a "
-            'folder; the current one is ".".'
+            f"`preset` is empty: give a name of `gemma2_keras.list_presets()`, a handle ({_HANDLES}), or a folder; "
+            'the current one is ".".'
         )
-    if text.startswith(HUGGING_FACE):
-        return _fetch(text.removeprefix(HUGGING_FACE))
+    for source in _SOURCES:
+        if text.startswith(source.PREFIX):
+            return source.fetch(text.removeprefix(source.PREFIX), weights)
     if "://" in text:
-        raise PresetError(f"Handle {text!r} is of a kind that is not read; allowed: {HUGGING_FACE}owner/name.")
+        raise PresetError(f"Handle {text[:100]!r} is of a kind that is not read; allowed: {_HANDLES}.")
     if text in list_presets():
-        entry = describe_preset(text)
-        if entry.folder is not None:
-            return entry.folder
-        if entry.hugging_face is None:
-            raise PresetError(f"The weights of {text} are missing from this installation: install gemma2-keras again.")
-        return _fetch(entry.hugging_face)
-    folder = Path(text)
+        return _of_catalogue(describe_preset(text), weights)
+    return _local(text)
+
+
+def _of_catalogue(entry: Preset, weights: bool) -> Path:
+    """What is on this machine already, from whichever source; else from the one that the user has an account with."""
+    if entry.folder is not None:
+        return entry.folder
+    on_hugging_face, on_kaggle = _handles(entry)
+    if on_hugging_face is not None and (folder := hugging_face.cached(on_hugging_face, weights)) is not None:
+        return folder
+    if on_kaggle is not None and (folder := kaggle.cached(on_kaggle, weights)) is not None:
+        return folder
+    if on_kaggle is not None and (
+        on_hugging_face is None or (not hugging_face.has_token() and kaggle.has_credentials())
+    ):
+        return kaggle.fetch(on_kaggle, weights)
+    if on_hugging_face is None:
+        raise PresetError(
+            f"The weights of {entry.name} are missing from this installation: install gemma2-keras again."
+        )
+    return hugging_face.fetch(on_hugging_face, weights)
+
+
+def _handles(entry: Preset) -> tuple[str | None, str | None]:
+    revision = getattr(entry, "hugging_face_revision", None)
+    on_hugging_face = entry.hugging_face if revision is None else f"{entry.hugging_face}@{revision}"
+    return on_hugging_face, getattr(entry, "kaggle", None)
+
+
+def _local(text: str) -> Path:
+    path = Path(text)
     if len(text) > 4096 or "\0" in text:
         raise PresetError(f"{text[:40]!r}… leads to no preset: it is {len(text)} characters long, or holds a NUL.")
     try:
-        restore_folder(folder)
+        restore_folder(path)
     except OSError as error:
         raise PresetError(
-            f"A save to {folder} was killed before its end, and what it left cannot be renamed ({error}): save again."
+            f"A save to {path} was killed before its end, and what it left cannot be renamed ({error}): save again."
         ) from error
-    if folder.is_dir():
-        if not any((folder / name).is_file() for name in (CONFIG_FILE, OWN_FILE)):
-            raise PresetError(f"The folder {folder} has no {CONFIG_FILE}: it is no preset and no checkpoint.")
-        return folder
-    if folder.exists():
-        raise PresetError(f"{folder} is a file; give the folder that holds it.")
+    if path.is_dir():
+        if not any((path / name).is_file() for name in (CONFIG_FILE, OWN_FILE)):
+            raise PresetError(f"The folder {path} has no {CONFIG_FILE}: it is no preset and no checkpoint.")
+        return path
+    if path.suffix.lower() == _GGUF:
+        if not path.is_file():
+            raise PresetError(f"There is no file {path}.")
+        return path
+    if path.exists():
+        raise PresetError(f"{path} is a file; give the folder that holds it.")
     if os.sep in text or text.startswith("."):
-        raise PresetError(f"There is no folder {folder}.")
+        raise PresetError(f"There is no folder {path}.")
     describe_preset(text)
     raise AssertionError("unreachable: an unknown name was refused")
-
-
-def _fetch(repository: str) -> Path:
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    try:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(_WANTED)))
-    except errors.GatedRepoError as error:
-        raise PresetError(
-            f"{repository} is gated: accept its terms on its Hugging Face page, then set HF_TOKEN or run "
-            '`hf auth login`. Meanwhile "gemma2_tiny_en" works without any download.'
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise PresetError(f"Hugging Face has no model {repository!r} that you may read. Check the handle.") from error
-    except Exception as error:
-        # Errors of the HTTP library come through as they are, and the library changes with the version.
-        raise PresetError(
-            f"{repository} could not be fetched from Hugging Face ({type(error).__name__}). Check the connection, or "
-            'give a folder with the checkpoint; "gemma2_tiny_en" works without any download.'
-        ) from error

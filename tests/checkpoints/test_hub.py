@@ -1,23 +1,21 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import huggingface_hub
 import pytest
-from huggingface_hub import errors
+from huggingface_hub.utils import close_session
+from kagglehub import clients
 
 from gemma2_keras import describe_preset
-from gemma2_keras.checkpoints import hub
+from gemma2_keras.checkpoints import hub, hugging_face, kaggle
 from gemma2_keras.checkpoints.hub import resolve
 from gemma2_keras.errors import PresetError
+from tests.checkpoints.servers import COMMIT, HuggingFace, Kaggle, in_a_process, isolate, serving
 
 pytestmark = pytest.mark.once
-REPOSITORY = Path(__file__).resolve().parents[2]
+NOBODY = "http://127.0.0.1:9"
 
 
 @pytest.fixture
@@ -45,10 +43,25 @@ def test_an_empty_name_is_not_the_current_folder(folder, monkeypatch, name):
 def test_a_name_of_the_catalogue_comes_before_a_folder_of_that_name(folder, monkeypatch):
     folder.rename("gemma2_2b_en")
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: asked.append(name) or "/elsewhere")
+    monkeypatch.setattr(hugging_face, "fetch", lambda handle, weights: asked.append(handle) or Path("/elsewhere"))
+    monkeypatch.setattr(hugging_face, "cached", lambda handle, weights: None)
+    monkeypatch.setattr(kaggle, "cached", lambda handle, weights: None)
+    monkeypatch.setattr(kaggle, "has_credentials", lambda: False)
     assert resolve("gemma2_2b_en") == Path("/elsewhere")
     assert resolve("./gemma2_2b_en") == Path("gemma2_2b_en")
-    assert asked == ["google/gemma-2-2b"]
+    assert [handle.partition("@")[0] for handle in asked] == ["google/gemma-2-2b"]
+
+
+def test_a_file_of_gguf_is_taken_as_it_is(folder):
+    Path("model.gguf").write_bytes(b"GGUF")
+    Path("MODEL.GGUF").write_bytes(b"GGUF")
+    assert resolve("model.gguf") == resolve(Path("model.gguf"), weights=False) == Path("model.gguf")
+    assert resolve("MODEL.GGUF") == Path("MODEL.GGUF")
+
+
+def test_a_folder_may_be_called_like_a_file(folder):
+    folder.rename("model.gguf")
+    assert resolve("model.gguf") == Path("model.gguf")
 
 
 @pytest.mark.parametrize(
@@ -60,7 +73,15 @@ def test_a_name_of_the_catalogue_comes_before_a_folder_of_that_name(folder, monk
         ("mine/config.json", "config.json is a file; give the folder that holds it"),
         ("./absent", "There is no folder absent"),
         ("absent/deeper", "There is no folder absent/deeper"),
-        ("kaggle://keras/gemma2", r"of a kind that is not read; allowed: hf://owner/name"),
+        ("absent.gguf", r"There is no file absent\.gguf"),
+        ("./absent.gguf", r"There is no file absent\.gguf"),
+        ("kaggle://keras/gemma2", r"is no model of Kaggle that is read: give kaggle://owner/model/keras/variation"),
+        ("gs://x", r"is no folder of Google Cloud Storage: give gs://bucket/folder"),
+        (
+            "s3://bucket/folder",
+            r"of a kind that is not read; allowed: hf://owner/name\[@revision\], kaggle://.*, gs://",
+        ),
+        ("x" * 3000 + "://y", "of a kind that is not read"),
         ("https://huggingface.co/google/gemma-2-2b", "of a kind that is not read"),
         (None, "must be a name, a handle or a folder; given NoneType"),
         (5, "given int"),
@@ -75,81 +96,129 @@ def test_what_leads_nowhere_says_why(folder, preset, message):
         resolve(preset)
 
 
+def _described(monkeypatch, **changes):
+    entry = describe_preset("gemma2_2b_en")
+    known = {field.name for field in dataclasses.fields(entry)}
+    plain = {"hugging_face_revision": None, "kaggle": None, **changes}
+    changed = dataclasses.replace(entry, **{name: value for name, value in plain.items() if name in known})
+    for name in set(plain) - known:
+        object.__setattr__(changed, name, plain[name])
+    monkeypatch.setattr(hub, "describe_preset", lambda name: changed)
+
+
 def test_an_installation_without_the_weights_says_so(monkeypatch):
-    entry = dataclasses.replace(describe_preset("gemma2_2b_en"), hugging_face=None)
-    monkeypatch.setattr(hub, "describe_preset", lambda name: entry)
+    _described(monkeypatch, hugging_face=None)
     with pytest.raises(PresetError, match="weights of gemma2_2b_en are missing from this installation"):
         resolve("gemma2_2b_en")
 
 
-def test_a_handle_is_fetched_with_no_more_than_a_checkpoint_needs(monkeypatch, tmp_path):
-    asked = {}
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda name, **kw: asked.update(name=name, **kw) or str(tmp_path)
-    )
-    assert resolve("hf://someone/model") == tmp_path
-    assert asked["name"] == "someone/model"
-    assert "tokenizer.model" in asked["allow_patterns"]
-    # Neither code nor pickles.
-    assert not any(pattern.endswith((".py", ".bin", ".pt", "*")) for pattern in asked["allow_patterns"])
-
-
-# The HTTP library that this version of huggingface_hub works with.
-HTTP = importlib.import_module(errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
-
-
-def _with_response(kind):
-    return kind("no", response=HTTP.Response(403, request=HTTP.Request("GET", "https://huggingface.co")))
+@pytest.fixture
+def both(tmp_path, monkeypatch):
+    """Hugging Face and Kaggle, without any account, as the sources of `gemma2_2b_en`."""
+    close_session()
+    small = {"config.json": b"{}", "tokenizer.model": b"pieces"}
+    with (
+        serving(HuggingFace({**small, "model.safetensors": b"there"})) as one,
+        serving(Kaggle({**small, "model.safetensors": b"here"})) as other,
+    ):
+        isolate(monkeypatch, tmp_path, one.url, other.url)
+        monkeypatch.setattr(clients, "get_user_agent", lambda: "test")
+        _described(monkeypatch, kaggle="keras/gemma2/keras/gemma2_2b_en/2")
+        yield one, other
+        close_session()
 
 
 @pytest.mark.parametrize(
-    ("error", "message"),
+    ("variables", "source"),
     [
-        (lambda: _with_response(errors.GatedRepoError), "someone/model is gated: accept its terms"),
-        (lambda: _with_response(errors.RepositoryNotFoundError), "no model 'someone/model' that you may read"),
-        (lambda: errors.HFValidationError("no"), "no model 'someone/model' that you may read"),
-        (lambda: _with_response(errors.HfHubHTTPError), r"could not be fetched .*HfHubHTTPError"),
-        (lambda: errors.LocalEntryNotFoundError("no"), r"could not be fetched .*LocalEntryNotFoundError"),
-        (lambda: errors.OfflineModeIsEnabled("no"), r"could not be fetched .*OfflineModeIsEnabled"),
-        (lambda: OSError(28, "No space left on device"), r"could not be fetched .*OSError"),
-        (lambda: TimeoutError("no"), r"could not be fetched .*TimeoutError"),
-        (lambda: ConnectionResetError("no"), r"could not be fetched .*ConnectionResetError"),
-        (lambda: HTTP.ConnectError("no"), r"could not be fetched .*ConnectError"),
-        (lambda: HTTP.ReadTimeout("no"), r"could not be fetched .*ReadTimeout"),
-        (lambda: HTTP.ProxyError("no"), r"could not be fetched .*ProxyError"),
-        (lambda: HTTP.RemoteProtocolError("no"), r"could not be fetched .*RemoteProtocolError"),
+        ({}, b"there"),
+        ({"HF_TOKEN": "hf_x"}, b"there"),
+        ({"KAGGLE_API_TOKEN": "x"}, b"here"),
+        ({"KAGGLE_USERNAME": "me", "KAGGLE_KEY": "x"}, b"here"),
+        ({"HF_TOKEN": "hf_x", "KAGGLE_API_TOKEN": "x"}, b"there"),
     ],
+    ids=["no account", "Hugging Face", "Kaggle", "Kaggle by name", "both"],
 )
-def test_every_failure_to_fetch_is_one_preset_error(monkeypatch, error, message):
-    def fail(*args, **kwargs):
-        raise error()
+def test_a_name_comes_from_where_the_user_has_an_account(both, monkeypatch, variables, source):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert (resolve("gemma2_2b_en") / "model.safetensors").read_bytes() == source
+    # From one, not from both.
+    assert not all(server.downloads() for server in both)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(PresetError, match=message):
-        resolve("hf://someone/model")
+
+def test_a_name_on_kaggle_alone_comes_from_there(both, monkeypatch):
+    _described(monkeypatch, hugging_face=None, kaggle="keras/gemma2/keras/gemma2_2b_en/2")
+    assert (resolve("gemma2_2b_en") / "model.safetensors").read_bytes() == b"here"
 
 
-@pytest.mark.parametrize("handle", ["hf://", "hf://a/b/c", "hf://../x", "hf:// a/b"])
-def test_a_handle_that_is_none_is_refused(handle):
-    with pytest.raises(PresetError, match="Hugging Face has no model"):
-        resolve(handle)
+@pytest.mark.parametrize("source", [0, 1])
+def test_a_name_that_is_in_a_cache_is_not_asked_for(both, monkeypatch, source):
+    handle = ("hf://google/gemma-2-2b", "kaggle://keras/gemma2/keras/gemma2_2b_en/2")[source]
+    folder = resolve(handle)
+    # Whatever account there is.
+    monkeypatch.setenv(("KAGGLE_API_TOKEN", "HF_TOKEN")[source], "x")
+    for server in both:
+        server.requests.clear()
+    assert resolve("gemma2_2b_en") == resolve("gemma2_2b_en", weights=False) == folder
+    assert not both[0].requests
+    assert not both[1].requests
+
+
+def test_a_cache_without_weights_serves_until_weights_are_wanted(both):
+    folder = resolve("gemma2_2b_en", weights=False)
+    assert not (folder / "model.safetensors").exists()
+    both[0].requests.clear()
+    assert resolve("gemma2_2b_en", weights=False) == folder
+    assert not both[0].requests
+    assert resolve("gemma2_2b_en") == folder
+    assert both[0].downloads() == ["model.safetensors"]
+
+
+def test_the_pinned_revision_of_a_name_is_what_comes(both, monkeypatch):
+    _described(monkeypatch, hugging_face_revision=COMMIT)
+    both[0].revisions = set()
+    assert resolve("gemma2_2b_en").name == COMMIT
+    assert not [path for _, path in both[0].requests if "/revision/" in path]
+
+
+def test_a_name_whose_licence_is_missing_says_what_to_do(both):
+    both[0].fault = lambda method, path: (401, {"X-Error-Code": "GatedRepo"}) if "/resolve/" in path else None
+    with pytest.raises(
+        PresetError, match=r"accept its terms at https://huggingface\.co/google/gemma-2-2b, then set HF"
+    ):
+        resolve("gemma2_2b_en")
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"), [("HF_HUB_OFFLINE", "1"), ("HF_ENDPOINT", "http://127.0.0.1:9")], ids=["offline", "refused"]
+    ("variables", "url"),
+    [({"HF_HUB_OFFLINE": "1"}, "https://huggingface.co"), ({}, NOBODY)],
+    ids=["offline", "refused"],
 )
-def test_without_a_network_a_handle_fails_fast(tmp_path, variable, value):
-    # Read when huggingface_hub is first imported, so in a process of its own.
-    script = "from gemma2_keras.checkpoints.hub import resolve; resolve('hf://someone/model')"
+def test_without_a_network_a_handle_fails_fast(tmp_path, variables, url):
+    # What the library reads from the environment when it is imported.
     start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=REPOSITORY,
-        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HOME": str(tmp_path), variable: value},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    last = done.stderr.strip().splitlines()[-1]
+    process = in_a_process("resolve('hf://someone/model')", tmp_path, url, NOBODY, **variables)
+    _, errors = process.communicate(timeout=120)
+    last = errors.strip().splitlines()[-1]
     assert last.startswith("gemma2_keras.errors.PresetError: someone/model could not be fetched from Hugging Face")
     assert time.monotonic() - start < 60
+
+
+def test_two_processes_at_once_both_get_it_whole(both, tmp_path):
+    for server in both:
+        server.files["model.safetensors"] = b"weights" * 10**6
+        server.delay = 0.2
+    handles = "hf://someone/model", "kaggle://someone/model/keras/variation/2"
+    script = f"for handle in {handles}: print(resolve(handle))"
+    processes = [in_a_process(script, tmp_path, both[0].url, both[1].url) for _ in range(2)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    folders = [tmp_path / "hugging_face" / "models--someone--model" / "snapshots" / COMMIT,
+               tmp_path / "kaggle" / "models" / "someone" / "model" / "keras" / "variation" / "2"]  # fmt: skip
+    for output, _ in outputs:
+        assert [line for line in output.splitlines() if line.startswith(str(tmp_path))] == list(map(str, folders))
+    for server, folder in zip(both, folders, strict=True):
+        assert all((folder / name).read_bytes() == content for name, content in server.files.items())
+    # The second waited for the first, and found all there.
+    assert sorted(both[1].downloads()) == sorted(both[1].files)
