@@ -115,8 +115,12 @@ class StoredAdapter(NamedTuple):
                 layers[module].adapters[name].variables[part].assign(numbers)
 
 
-def read_adapter(folder: str | os.PathLike, backbone: Any) -> StoredAdapter:
-    """What PEFT, or `write_adapter`, saved in a folder, if it fits the backbone.
+def read_adapter(folder: str | os.PathLike, shapes: Mapping[str, tuple[int, ...]]) -> StoredAdapter:
+    """What PEFT, or `write_adapter`, saved in a folder, if it fits a model.
+
+    Args:
+        folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+        shapes: of the model's projections, by module.
 
     Raises:
         CheckpointError: if a file is missing, truncated or broken, the configuration asks for what is not implemented,
@@ -128,7 +132,6 @@ def read_adapter(folder: str | os.PathLike, backbone: Any) -> StoredAdapter:
     restore_folder(path)
     if not path.is_dir():
         raise CheckpointError(f"There is no folder {path}.")
-    shapes = {module: tuple(layer.weight.shape) for module, layer in backbone.linear_layers().items()}
     specs = parse_config(read_json(file_inside(path, CONFIG_FILE)), list(shapes))
     if not (path / WEIGHTS_FILE).exists() and (path / _PICKLE_FILE).exists():
         raise CheckpointError(

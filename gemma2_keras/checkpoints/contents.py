@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from gemma2_keras.checkpoints.names import weight_map
 from gemma2_keras.config import Gemma2Config
 from gemma2_keras.errors import CheckpointError
 from gemma2_keras.kernels import array, buffers, fill, stored
+from gemma2_keras.layers.linear import Linear
 
 # Numbers looked at, or converted, at a time: as many as a processor's cache holds, and far more than a call costs.
 _LOOKED_AT, _CONVERTED = 2**19, 2**24
@@ -44,15 +45,17 @@ class Checkpoint(Protocol):
 
 
 class LiveCheckpoint:
-    """A backbone in memory as a checkpoint, the adapter in effect merged into the weights.
+    """A backbone in memory as a checkpoint.
 
     Args:
         backbone: a `Gemma2Backbone`.
+        merged: whether the adapter in effect is in the weights.
     """
 
-    def __init__(self, backbone: Any) -> None:
+    def __init__(self, backbone: Any, merged: bool = True) -> None:
         self.config: Gemma2Config = backbone.config
         self._backbone = backbone
+        self._merged = merged
         self._weights = weight_map(self.config)
 
     @property
@@ -64,36 +67,116 @@ class LiveCheckpoint:
         """One tensor; over the memory of the weight where no adapter changes it."""
         weight = self._weights[name]
         owner = weight.layer_of(self._backbone)
-        if getattr(owner, "adapter", None) is not None:
-            return owner.merged_weight()
+        if isinstance(owner, Linear) and owner.adapters:
+            return owner.merged_weight() if self._merged else owner.base_weight()
         return array(stored(weight.variable_of(self._backbone)))
 
 
-def load_into(backbone: Any, checkpoint: Checkpoint, check_finite: bool = True) -> None:
+class ConvertedCheckpoint:
+    """A checkpoint in another dtype.
+
+    Args:
+        checkpoint: whose tensors these are.
+        dtype: of all tensors; `None` is that of the checkpoint.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str | None) -> None:
+        self.config = checkpoint.config
+        self.dtype = dtype or checkpoint.dtype
+        self._checkpoint = checkpoint
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor."""
+        return converted(self._checkpoint.read(name), self.dtype)
+
+
+class WatchedCheckpoint:
+    """A checkpoint whose tensors are looked at as they are read, while a bar shows how many are done.
+
+    The bar appears where somebody looks on, and after a moment. To be used in a `with` statement.
+
+    Args:
+        checkpoint: whose tensors these are.
+        doing: what is done with them, for the bar.
+        check_finite: whether numbers that are none are refused.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, doing: str, check_finite: bool = True) -> None:
+        self.config = checkpoint.config
+        self._checkpoint = checkpoint
+        self._check_finite = check_finite
+        self._threads = ThreadPoolExecutor(2)
+        hidden = False if type(sys.stdout).__module__ == "ipykernel.iostream" else None
+        count = len(weight_map(self.config))
+        self._bar = tqdm(desc=doing, total=count, unit=" tensors", leave=False, delay=1, disable=hidden)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the tensors."""
+        return self._checkpoint.dtype
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, once.
+
+        Raises:
+            CheckpointError: if it holds NaN or infinite numbers.
+        """
+        value = self._checkpoint.read(name)
+        if self._check_finite and not is_finite(value, self._threads):
+            raise CheckpointError(
+                f"Tensor {name!r} holds numbers that are not finite (NaN or infinity): the checkpoint is damaged, or "
+                "its training diverged. `check_finite=False` takes it all the same."
+            )
+        self._bar.update()
+        return value
+
+    def __enter__(self) -> WatchedCheckpoint:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+        self._threads.shutdown()
+
+
+def load_into(backbone: Any, checkpoint: Checkpoint) -> None:
     """Make the tensors of a checkpoint the weights of a backbone, one at a time, over the memory of files where it can.
 
     Args:
         backbone: a `Gemma2Backbone` of the checkpoint's architecture.
         checkpoint: its weights; those of another dtype than the backbone's are converted.
-        check_finite: whether numbers that are none are refused.
-
-    Raises:
-        CheckpointError: if a tensor holds NaN or infinite numbers.
     """
-    weights = weight_map(checkpoint.config)
-    with ThreadPoolExecutor(2) as pool:
-        for name in shown(weights, "Loading"):
-            variable, value = weights[name].variable_of(backbone), checkpoint.read(name)
-            if check_finite and not is_finite(value, pool):
-                raise CheckpointError(
-                    f"Tensor {name!r} holds numbers that are not finite (NaN or infinity): the checkpoint is damaged, "
-                    "or its training diverged. `check_finite=False` loads it all the same."
-                )
-            fill(variable, converted(value, keras.backend.standardize_dtype(variable.dtype)))
+    for name, weight in weight_map(checkpoint.config).items():
+        variable = weight.variable_of(backbone)
+        fill(variable, converted(checkpoint.read(name), keras.backend.standardize_dtype(variable.dtype)))
 
 
-def is_finite(value: np.ndarray, pool: ThreadPoolExecutor) -> bool:
-    """Whether no number of a float32, bfloat16 or float16 array is NaN or infinite; the threads of `pool` look."""
+def shards_of(checkpoint: Checkpoint, max_shard_size: float | None) -> list[list[str]]:
+    """The names of the tensors, in groups that make a file each.
+
+    Args:
+        checkpoint: whose tensors these are.
+        max_shard_size: most GB in one file, unless a single tensor is larger; `None` for a single file.
+    """
+    limit = math.inf if max_shard_size is None else max_shard_size * 1e9
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, weight in weight_map(checkpoint.config).items():
+        nbytes = math.prod(weight.shape) * np.dtype(checkpoint.dtype).itemsize
+        if shards[-1] and size + nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    return shards
+
+
+def is_finite(value: np.ndarray, threads: ThreadPoolExecutor) -> bool:
+    """Whether no number of a float32, bfloat16 or float16 array is NaN or infinite.
+
+    >>> with ThreadPoolExecutor(2) as threads:
+    ...     is_finite(np.ones(3, "float32"), threads), is_finite(np.array([1, np.nan], "float32"), threads)
+    (True, False)
+    """
     bits = 8 * value.dtype.itemsize
     words = np.ascontiguousarray(value).reshape(-1).view(f"uint{bits}")
     infinity, sign = _INFINITY[value.dtype.name], 1 << (bits - 1)
@@ -101,9 +184,9 @@ def is_finite(value: np.ndarray, pool: ThreadPoolExecutor) -> bool:
     def holds(start: int) -> bool:
         # What is not finite comes behind all that is: of positive numbers read with a sign, of negative ones without.
         part = words[start : start + _LOOKED_AT]
-        return part.view(f"int{bits}").max() < infinity and part.max() < infinity + sign
+        return bool(part.view(f"int{bits}").max() < infinity and part.max() < infinity + sign)
 
-    return all(pool.map(holds, range(0, len(words), _LOOKED_AT)))
+    return all(threads.map(holds, range(0, len(words), _LOOKED_AT)))
 
 
 def converted(value: np.ndarray, dtype: str) -> np.ndarray:
@@ -115,9 +198,3 @@ def converted(value: np.ndarray, dtype: str) -> np.ndarray:
     for source, place in zip(np.array_split(value, pieces), np.array_split(result, pieces), strict=True):
         place[...] = source
     return result
-
-
-def shown(names: Iterable[str], doing: str) -> Iterator[str]:
-    """The names in turn, with a bar of how many are done, where somebody looks on and it takes more than a moment."""
-    notebook = type(sys.stdout).__module__ == "ipykernel.iostream"
-    return iter(tqdm(names, doing, leave=False, delay=1, unit="tensor", disable=False if notebook else None))

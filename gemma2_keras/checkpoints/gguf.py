@@ -18,9 +18,9 @@ from gemma2_keras.checkpoints.gguf_architecture import (
     describe_architecture,
     parse_architecture,
 )
-from gemma2_keras.checkpoints.gguf_container import MAGIC, read_container, shown
+from gemma2_keras.checkpoints.gguf_container import MAGIC, read_container
 from gemma2_keras.checkpoints.gguf_tokenizer import MODELFILE_MARK, Vocabulary, find_stop_token_ids, sentencepiece_model
-from gemma2_keras.checkpoints.guard import some
+from gemma2_keras.checkpoints.guard import shown, some
 from gemma2_keras.checkpoints.names import weight_map
 from gemma2_keras.checkpoints.saving import replacing_file
 from gemma2_keras.config import Gemma2Config

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma2_keras.checkpoints.gguf_container import shown
+from gemma2_keras.checkpoints.guard import shown
 from gemma2_keras.config import Gemma2Config
 from gemma2_keras.errors import CheckpointError
 

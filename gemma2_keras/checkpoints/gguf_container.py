@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
+from gemma2_keras.checkpoints.guard import shown
 from gemma2_keras.errors import CheckpointError
 
 MAGIC = b"GGUF"
@@ -98,18 +99,6 @@ def read_container(path: str | os.PathLike) -> Container:
             raise header.error(f"tensor {shown(name)} stands twice")
         described[name] = header.tensor(name)
     return Container(keys, _place(header, described, int(alignment)))
-
-
-def shown(value: Any) -> str:
-    """A value of a file for an error message, cut short.
-
-    >>> shown("a" * 100)
-    "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa…"
-    """
-    if isinstance(value, list | np.ndarray):
-        return f"an array of {len(value)}"
-    text = repr(value.item() if isinstance(value, np.generic) else value)
-    return text if len(text) <= 64 else f"{text[:60]}…"
 
 
 def _map(path: Path) -> np.ndarray:

@@ -14,7 +14,8 @@ import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from gemma2_keras.checkpoints.gguf_container import shown
+from gemma2_keras.checkpoints.guard import shown
+from gemma2_keras.checkpoints.vocabulary import parse_model
 from gemma2_keras.errors import CheckpointError
 
 # What a Modelfile of ours begins with.
@@ -67,7 +68,7 @@ class Vocabulary:
     """
 
     def __init__(self, proto: bytes, rows: int, stop_token_ids: Sequence[int] | None) -> None:
-        model = _parsed(proto)
+        model = parse_model(proto)
         self._ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
         missing = [name for name in _SPECIAL.values() if name not in self._ids]
         if missing:
@@ -121,32 +122,6 @@ class Vocabulary:
         if self._end_of_turn is not None:
             lines.append(f'PARAMETER stop "{self._pieces[self._end_of_turn][0]}"')
         return "\n".join(lines) + "\n"
-
-
-def _parsed(proto: bytes) -> Any:
-    """The model, whose way to split text llama.cpp knows."""
-    model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        model.ParseFromString(proto)
-    except Exception as error:
-        # What protobuf raises differs between its implementations.
-        raise ValueError(f"`proto` is not a SentencePiece model ({len(proto)} bytes).") from error
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    same = (
-        trainer.model_type == trainer.BPE
-        and trainer.byte_fallback
-        and not trainer.treat_whitespace_as_suffix
-        and not normalizer.precompiled_charsmap
-        and not normalizer.add_dummy_prefix
-        and not normalizer.remove_extra_whitespaces
-        and normalizer.escape_whitespaces
-    )
-    if not same:
-        raise ValueError(
-            "`proto` is no Gemma vocabulary: those are BPE with byte fallback, and change nothing in the text before "
-            "they split it. llama.cpp would split it in another way."
-        )
-    return model
 
 
 def find_stop_token_ids(keys: Mapping[str, Any], rows: int) -> tuple[int, ...]:

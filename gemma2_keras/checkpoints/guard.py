@@ -8,10 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gemma2_keras.errors import CheckpointError
 
 # Far above any honest configuration or index file.
 LARGEST_JSON = 64 * 2**20
+# Names out of foreign files are cut there in messages.
+_LONGEST_NAME = 80
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -57,7 +61,7 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"key {twice[:80]!r} stands twice")
+        raise ValueError(f"key {twice[:_LONGEST_NAME]!r} stands twice")
     return value
 
 
@@ -75,7 +79,7 @@ def file_inside(folder: Path, name: Any) -> Path:
         CheckpointError: if `name` is no plain file name, or a link that leads out of the folder.
     """
     if not isinstance(name, str) or not name or name in (".", "..") or any(c in name for c in "/\\\0:"):
-        raise CheckpointError(f"{folder} names {str(name)[:80]!r} as one of its files, which is no plain file name.")
+        raise CheckpointError(f"{folder} names {shown(name)} as one of its files, which is no plain file name.")
     path = folder / name
     if path.is_symlink():
         # The cache of Hugging Face keeps the files of a repository beside its revisions, and links to them.
@@ -85,12 +89,24 @@ def file_inside(folder: Path, name: Any) -> Path:
     return path
 
 
+def shown(value: Any) -> str:
+    """A value out of a foreign file for an error message, cut short.
+
+    >>> shown("a" * 100)
+    "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa…"
+    """
+    if isinstance(value, list | np.ndarray):
+        return f"an array of {len(value)}"
+    text = repr(value.item() if isinstance(value, np.generic) else value)
+    return text if len(text) <= 64 else f"{text[:60]}…"
+
+
 def some(names: Iterable[str], most: int = 3) -> str:
     """The first of the names, and how many more there are, for an error message.
 
     >>> some(["d", "c", "b", "a"], most=2)
     "'a', 'b' and 2 more"
     """
-    ordered = sorted(names)
+    ordered = sorted(name[:_LONGEST_NAME] for name in names)
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
     return ", ".join(map(repr, ordered[:most])) + more

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import math
 import re
-import reprlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ import h5py
 import ml_dtypes
 import numpy as np
 
-from gemma2_keras.checkpoints.contents import Checkpoint
-from gemma2_keras.checkpoints.guard import file_inside, read_json, some
+from gemma2_keras.checkpoints.contents import Checkpoint, shards_of
+from gemma2_keras.checkpoints.guard import file_inside, read_json, shown, some
 from gemma2_keras.checkpoints.hdf5 import Hdf5File
 from gemma2_keras.checkpoints.names import weight_map
 from gemma2_keras.checkpoints.saving import write_json
@@ -85,7 +83,6 @@ _TOKENIZER = {"proto": None, "sequence_length": None, "add_bos": False, "add_eos
 
 # What KerasHub's Gemma has no hyperparameter for, or ignores.
 _ROPE_BASE, _EPSILON = 10_000.0, 1e-6
-_LONGEST_SHOWN = 80
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -114,7 +111,7 @@ def parse_config(config: dict[str, Any]) -> Gemma2Config:
     for key in _GEMMA2:
         if settings.get(key) is not True:
             raise CheckpointError(
-                f"`{key}` is {_shown(settings.get(key))} in {CONFIG_FILE}: this is Gemma 1, or no Gemma; only Gemma 2, "
+                f"`{key}` is {shown(settings.get(key))} in {CONFIG_FILE}: this is Gemma 1, or no Gemma; only Gemma 2, "
                 "where it is true, is read here."
             )
     known = {*_SAME, *_GEMMA2, "intermediate_dim", "query_head_dim_normalize"}
@@ -125,14 +122,14 @@ def parse_config(config: dict[str, Any]) -> Gemma2Config:
     _check_policy(settings.get("dtype"))
     for key in (*_SAME, "intermediate_dim"):
         if not isinstance(settings[key], int | float | None):
-            raise CheckpointError(f"`{key}` must be a number in {CONFIG_FILE}; it is {_shown(settings[key])}.")
+            raise CheckpointError(f"`{key}` must be a number in {CONFIG_FILE}; it is {shown(settings[key])}.")
     both, by_head = settings["intermediate_dim"], settings["query_head_dim_normalize"]
     if not isinstance(both, int) or both % 2:
         raise CheckpointError(
-            f"`intermediate_dim` must be even in {CONFIG_FILE}, gate and up together; it is {_shown(both)}."
+            f"`intermediate_dim` must be even in {CONFIG_FILE}, gate and up together; it is {shown(both)}."
         )
     if not isinstance(by_head, bool):
-        raise CheckpointError(f"`query_head_dim_normalize` must be true or false; it is {_shown(by_head)}.")
+        raise CheckpointError(f"`query_head_dim_normalize` must be true or false; it is {shown(by_head)}.")
     try:
         parsed = Gemma2Config(**{key: settings[key] for key in _SAME}, intermediate_dim=both // 2)
     except (ValueError, TypeError, OverflowError) as error:
@@ -152,7 +149,7 @@ def parse_config(config: dict[str, Any]) -> Gemma2Config:
 def _settings(value: Any, class_name: str, file: str) -> dict[str, Any]:
     """The settings of a serialised object of the one class that belongs there; no class is imported or looked up."""
     if not isinstance(value, dict):
-        raise CheckpointError(f"{file} holds {_shown(value)} where a {class_name} belongs.")
+        raise CheckpointError(f"{file} holds {shown(value)} where a {class_name} belongs.")
     named, registered, module = (value.get(key) for key in ("class_name", "registered_name", "module"))
     if (
         named != class_name
@@ -160,13 +157,13 @@ def _settings(value: Any, class_name: str, file: str) -> dict[str, Any]:
         or not (isinstance(module, str) and _MODULE.fullmatch(module))
     ):
         raise CheckpointError(
-            f"{file} names the class {_shown(named)}, registered as {_shown(registered)}, of {_shown(module)}; only "
+            f"{file} names the class {shown(named)}, registered as {shown(registered)}, of {shown(module)}; only "
             f"KerasHub's {class_name} is read here."
         )
     _refuse_unknown(value, _OBJECT_KEYS, file)
     settings = value.get("config")
     if not isinstance(settings, dict):
-        raise CheckpointError(f"`config` in {file} must be an object; it is {_shown(settings)}.")
+        raise CheckpointError(f"`config` in {file} must be an object; it is {shown(settings)}.")
     return settings
 
 
@@ -174,7 +171,7 @@ def _refuse_unknown(value: dict[str, Any], known: set[str], file: str) -> None:
     unknown = set(value) - known
     if unknown:
         raise CheckpointError(
-            f"{file} has {some(key[:_LONGEST_SHOWN] for key in unknown)}, unknown here: it could change what the model "
+            f"{file} has {some(unknown)}, unknown here: it could change what the model "
             "computes. If you know that it does not, remove it from the file."
         )
 
@@ -186,14 +183,9 @@ def _check_policy(dtype: Any) -> None:
         name = dtype["config"].get("name")
     if name is not None and not (isinstance(name, str) and name in _POLICIES):
         raise CheckpointError(
-            f"`dtype` in {CONFIG_FILE} is {_shown(dtype)}; allowed: {', '.join(_POLICIES)}. Quantized models of "
+            f"`dtype` in {CONFIG_FILE} is {shown(dtype)}; allowed: {', '.join(_POLICIES)}. Quantized models of "
             "KerasHub's are not read."
         )
-
-
-def _shown(value: Any) -> str:
-    """A value out of a foreign file for an error message, cut where it is long."""
-    return reprlib.repr(value)
 
 
 def find_vocabulary(folder: Path) -> Path | None:
@@ -215,7 +207,7 @@ def _check_tokenizer(value: Any, file: str) -> None:
     for key, only in _TOKENIZER.items():
         if settings.get(key, only) is not only:
             raise CheckpointError(
-                f"`{key}` of the tokenizer in {file} is {_shown(settings[key])}, which is not implemented; allowed: "
+                f"`{key}` of the tokenizer in {file} is {shown(settings[key])}, which is not implemented; allowed: "
                 f"{only!r}."
             )
 
@@ -238,7 +230,7 @@ def read_preprocessor(folder: Path) -> dict[str, Any]:
         if value is not None and (type(value) is not kind or (kind is int and value < 2)):
             raise CheckpointError(
                 f"`{key}` in {PREPROCESSOR_FILE} must be "
-                f"{'a whole number of at least 2' if kind is int else 'true or false'}; it is {_shown(value)}."
+                f"{'a whole number of at least 2' if kind is int else 'true or false'}; it is {shown(value)}."
             )
     return {key: settings[key] for key in types if settings.get(key) is not None}
 
@@ -321,8 +313,8 @@ def _arrays(folder: Path) -> dict[str, Hdf5File]:
     for path, names in promised.items():
         file = Hdf5File(path)
         if file.arrays.keys() != names:
-            differing = {name[:_LONGEST_SHOWN] for name in file.arrays.keys() ^ names}
-            raise CheckpointError(f"{path} does not hold what the index says: {some(differing)} in one of them only.")
+            differing = some(file.arrays.keys() ^ names)
+            raise CheckpointError(f"{path} does not hold what the index says: {differing} in one of them only.")
         file_of |= dict.fromkeys(file.arrays, file)
     return file_of
 
@@ -418,7 +410,7 @@ def write_keras_hub(
         "tasks": ["CausalLM"],
     }
     write_json(folder / METADATA_FILE, metadata)
-    _write_weights(folder, checkpoint, math.inf if max_shard_size is None else max_shard_size * 1e9)
+    _write_weights(folder, checkpoint, max_shard_size)
 
 
 def _describe_backbone(config: Gemma2Config, dtype: str) -> dict[str, Any]:
@@ -476,20 +468,9 @@ def _object(class_name: str, settings: dict[str, Any], file: str | None = None) 
     }
 
 
-def _write_weights(folder: Path, checkpoint: Checkpoint, limit: float) -> None:
-    """Write all tensors, into several files and an index if they are more bytes than `limit`."""
-    weights = weight_map(checkpoint.config)
-    itemsize = 4 if checkpoint.dtype == "float32" else 2
-    shards: list[list[str]] = [[]]
-    size = total = 0
-    for name, weight in weights.items():
-        nbytes = math.prod(weight.shape) * itemsize
-        if shards[-1] and size + nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += nbytes
-        total += nbytes
+def _write_weights(folder: Path, checkpoint: Checkpoint, max_shard_size: float | None) -> None:
+    """Write all tensors, into several files and an index if they are more than `max_shard_size` GB."""
+    weights, shards = weight_map(checkpoint.config), shards_of(checkpoint, max_shard_size)
     files = [WEIGHTS_FILE] if len(shards) == 1 else [f"model_{i:05d}.weights.h5" for i in range(len(shards))]
     for file, names in zip(files, shards, strict=True):
         # Bounds on the format, lest another default of the library's be one that nobody has read.
@@ -511,4 +492,5 @@ def _write_weights(folder: Path, checkpoint: Checkpoint, limit: float) -> None:
             for file, names in zip(files, shards, strict=True)
             for name in names
         }
+        total = checkpoint.config.parameter_count * np.dtype(checkpoint.dtype).itemsize
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": shard_of})

@@ -1,8 +1,4 @@
-"""Models, tokenizers and preprocessors out of preset folders, and into them.
-
-A saved preset is a transformers checkpoint (configuration, safetensors, SentencePiece model) with one more file for
-what transformers has no place for, so that the same folder loads here and there.
-"""
+"""Models, tokenizers and preprocessors out of presets, and into preset folders."""
 
 from __future__ import annotations
 
@@ -11,45 +7,44 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from gemma2_keras.checkpoints.contents import LiveCheckpoint, load_into
-from gemma2_keras.checkpoints.guard import read_json
-from gemma2_keras.checkpoints.hub import OWN_FILE, resolve
+from gemma2_keras.checkpoints.contents import Checkpoint, LiveCheckpoint, WatchedCheckpoint, load_into
+from gemma2_keras.checkpoints.fetching import OWN_FILE
+from gemma2_keras.checkpoints.hub import resolve
 from gemma2_keras.checkpoints.saving import replacing_folder, write_json
+from gemma2_keras.checkpoints.stored import (
+    FORMAT,
+    PREPROCESSOR_SETTINGS,
+    TOKENIZER_SETTINGS,
+    open_stored,
+    own_settings,
+)
+from gemma2_keras.checkpoints.tokenizer_files import TOKENIZER_CONFIG_FILE, TOKENIZER_JSON_FILE
 from gemma2_keras.checkpoints.transformers import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
     INDEX_FILE,
     TOKENIZER_FILE,
-    SafetensorsCheckpoint,
-    parse_config,
     write_checkpoint,
 )
 from gemma2_keras.config import Gemma2Config
 from gemma2_keras.errors import CheckpointError
 from gemma2_keras.layers.initialization import awaiting_weights
 
-FORMAT = 1
-_OWN_TYPES = {
-    "tokenizer": {"parse_special": bool},
-    "preprocessor": {"sequence_length": int, "add_start_token": bool, "add_end_token": bool},
-}
-
 
 def load_backbone(
     cls: type, preset: Any, *, load_weights: bool = True, dtype: Any = None, check_finite: bool = True
 ) -> Any:
     """Build `cls` for a preset and, if asked, fill it with the preset's weights."""
-    folder = resolve(preset)
-    settings = read_json(folder / CONFIG_FILE)
-    config = parse_config(settings)
-    hyperparameters = {**config.to_dict(), "dropout": _own_settings(folder).get("dropout", 0.0)}
+    stored = open_stored(resolve(preset, weights=load_weights))
+    config = stored.config()
     if not load_weights:
-        return cls(**hyperparameters, dtype=_stored_dtype(settings) or "float32" if dtype is None else dtype)
+        return cls(**config.to_dict(), dtype=stored.dtype() or "float32" if dtype is None else dtype)
     # Read and checked whole before anything is allocated.
-    checkpoint = SafetensorsCheckpoint(folder, config)
+    checkpoint = stored.checkpoint()
     with awaiting_weights():
-        backbone = cls(**hyperparameters, dtype=_stored_dtype(settings) or checkpoint.dtype if dtype is None else dtype)
-    load_into(backbone, checkpoint, check_finite)
+        backbone = cls(**config.to_dict(), dtype=stored.dtype() or checkpoint.dtype if dtype is None else dtype)
+    with WatchedCheckpoint(checkpoint, "Loading", check_finite) as watched:
+        load_into(backbone, watched)
     return backbone
 
 
@@ -60,42 +55,34 @@ def inspect_checkpoint(preset: Any) -> tuple[Gemma2Config, str]:
         PresetError: if the preset leads nowhere.
         CheckpointError: if it is no whole checkpoint.
     """
-    folder = resolve(preset)
-    settings = read_json(folder / CONFIG_FILE)
-    config = parse_config(settings)
-    checkpoint = SafetensorsCheckpoint(folder, config)
-    return config, _stored_dtype(settings) or checkpoint.dtype
-
-
-def _stored_dtype(settings: dict[str, Any]) -> str | None:
-    dtype = settings.get("dtype", settings.get("torch_dtype"))
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise CheckpointError(f"`dtype` is {dtype!r}; allowed: float32, bfloat16, float16.")
-    return dtype
+    stored = open_stored(resolve(preset))
+    checkpoint = stored.checkpoint()
+    return stored.config(), stored.dtype() or checkpoint.dtype
 
 
 def load_tokenizer(cls: type, preset: Any, **kwargs: Any) -> Any:
     """Make `cls` from a preset's SentencePiece model."""
-    folder = resolve(preset)
-    path = folder / TOKENIZER_FILE
-    if not path.is_file():
+    folder = resolve(preset, weights=False)
+    stored = open_stored(folder)
+    proto = stored.proto()
+    if proto is None:
         raise CheckpointError(f"{folder} has no {TOKENIZER_FILE}, the SentencePiece model of the tokenizer.")
     try:
-        return cls(path, **{**_own_settings(folder).get("tokenizer", {}), **kwargs})
+        return cls(proto, **{**stored.settings("tokenizer"), **kwargs})
     except ValueError as error:
-        raise CheckpointError(f"{path} is no Gemma tokenizer: {error}") from error
+        raise CheckpointError(f"{folder} has no Gemma tokenizer: {error}") from error
 
 
 def load_preprocessor(cls: type, preset: Any, **kwargs: Any) -> Any:
     """Make `cls` with a preset's tokenizer and settings."""
-    folder = resolve(preset)
-    settings = _own_settings(folder).get("preprocessor", {})
+    folder = resolve(preset, weights=False)
+    settings = open_stored(folder).settings("preprocessor")
     return cls(load_tokenizer(cls.tokenizer_cls, folder), **{**settings, **kwargs})
 
 
 def has_tokenizer(preset: Any) -> bool:
     """Whether a preset comes with a tokenizer; a bare transformers checkpoint may not."""
-    return (resolve(preset) / TOKENIZER_FILE).is_file()
+    return open_stored(resolve(preset, weights=False)).proto() is not None
 
 
 def save_preset(
@@ -121,60 +108,49 @@ def save_preset(
         FileExistsError: if something else than a saved preset stands at `folder`.
         ValueError: if `max_shard_size` is not above 0.
     """
-    if max_shard_size is not None and not (isinstance(max_shard_size, int | float) and max_shard_size > 0):
-        raise ValueError(f"`max_shard_size` must be above 0 GB, or None; given {max_shard_size!r}.")
-    with replacing_folder(folder, OWN_FILE, _is_ours) as beside:
+    check_shard_size(max_shard_size)
+    with replacing_folder(folder, OWN_FILE, is_ours) as beside:
         own: dict[str, Any] = {"format": FORMAT}
         if keep and (Path(folder) / OWN_FILE).exists():
-            own |= _own_settings(Path(folder))
+            own |= own_settings(Path(folder))
             for path in Path(folder).iterdir():
-                if _is_ours(path.name) and (backbone is None or not _is_of_model(path.name)):
+                if is_ours(path.name) and (backbone is None or not _is_of_model(path.name)):
                     shutil.copy(path, beside)
         if backbone is not None:
-            write_checkpoint(beside, LiveCheckpoint(backbone), max_shard_size=max_shard_size)
-            own["dropout"] = backbone.config.dropout
+            own |= write_model(beside, LiveCheckpoint(backbone), max_shard_size)
         if tokenizer is not None:
             (beside / TOKENIZER_FILE).write_bytes(tokenizer.proto)
-            own["tokenizer"] = {key: getattr(tokenizer, key) for key in _OWN_TYPES["tokenizer"]}
-            stop_ids = list(tokenizer.stop_token_ids)
-            special = {"bos_token_id": tokenizer.start_token_id, "pad_token_id": tokenizer.pad_token_id}
-            write_json(beside / GENERATION_CONFIG_FILE, {**special, "eos_token_id": stop_ids})
-        if preprocessor is not None:
-            own["preprocessor"] = {key: getattr(preprocessor, key) for key in _OWN_TYPES["preprocessor"]}
+            own |= write_settings(beside, tokenizer, preprocessor)
         write_json(beside / OWN_FILE, own)
 
 
-def _is_ours(name: str) -> bool:
-    return _is_of_model(name) or name in (OWN_FILE, TOKENIZER_FILE, GENERATION_CONFIG_FILE)
+def write_model(folder: Path, checkpoint: Checkpoint, max_shard_size: float | None) -> dict[str, Any]:
+    """Write configuration and weights into a folder; gives what our own file has to say of them."""
+    write_checkpoint(folder, checkpoint, max_shard_size)
+    return {"dropout": checkpoint.config.dropout}
+
+
+def write_settings(folder: Path, tokenizer: Any, preprocessor: Any) -> dict[str, Any]:
+    """Write how generation ends into a folder; gives what our own file has to say of tokenizer and preprocessor."""
+    special = {"bos_token_id": tokenizer.start_token_id, "pad_token_id": tokenizer.pad_token_id}
+    write_json(folder / GENERATION_CONFIG_FILE, {**special, "eos_token_id": list(tokenizer.stop_token_ids)})
+    own = {"tokenizer": {key: getattr(tokenizer, key) for key in TOKENIZER_SETTINGS}}
+    if preprocessor is not None:
+        own["preprocessor"] = {key: getattr(preprocessor, key) for key in PREPROCESSOR_SETTINGS}
+    return own
+
+
+def check_shard_size(max_shard_size: Any) -> None:
+    """Refuse what is no number of GB above 0, nor `None`."""
+    if max_shard_size is not None and not (isinstance(max_shard_size, int | float) and max_shard_size > 0):
+        raise ValueError(f"`max_shard_size` must be above 0 GB, or None; given {max_shard_size!r}.")
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of this name in a preset folder is one that we write."""
+    tokenizer = (TOKENIZER_FILE, TOKENIZER_JSON_FILE, TOKENIZER_CONFIG_FILE)
+    return _is_of_model(name) or name in (OWN_FILE, GENERATION_CONFIG_FILE, *tokenizer)
 
 
 def _is_of_model(name: str) -> bool:
     return name in (CONFIG_FILE, INDEX_FILE) or (name.startswith("model") and name.endswith(".safetensors"))
-
-
-def _own_settings(folder: Path) -> dict[str, Any]:
-    """Our own file of a preset folder, checked; empty for a folder that we did not write."""
-    path = folder / OWN_FILE
-    if not path.exists():
-        return {}
-    own = read_json(path)
-    if own.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {own.get('format')!r}; this version reads {FORMAT}. Install a newer gemma2-keras."
-        )
-    for part, types in _OWN_TYPES.items():
-        value = own.get(part, {})
-        if not isinstance(value, dict) or not set(value) <= set(types):
-            raise CheckpointError(
-                f"`{part}` in {path} must be an object with keys among {sorted(types)}; it is {value!r}."
-            )
-        for key, setting in value.items():
-            if type(setting) is not types[key]:
-                raise CheckpointError(f"`{key}` in {path} must be of type {types[key].__name__}; it is {setting!r}.")
-    dropout = own.get("dropout", 0.0)
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise CheckpointError(f"`dropout` in {path} must be at least 0 and below 1; it is {dropout!r}.")
-    unknown = set(own) - {"format", "dropout", *_OWN_TYPES}
-    if unknown:
-        raise CheckpointError(f"{path} has unknown keys: {sorted(unknown)}.")
-    return own

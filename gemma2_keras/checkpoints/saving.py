@@ -55,9 +55,10 @@ def replacing_folder(
             held.enter_context(_alone_in(beside))
         try:
             yield beside
-            for path in beside.iterdir():
-                # As readable as the folder; safetensors writes for its owner alone.
-                path.chmod(beside.stat().st_mode & 0o666)
+            for path in beside.rglob("*"):
+                if path.is_file():
+                    # As readable as the folder; safetensors writes for its owner alone.
+                    path.chmod(beside.stat().st_mode & 0o666)
                 _flush(path)
             _flush(beside)
             with _alone_in(target.parent):

@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import sentencepiece_model_pb2
-
 from gemma2_keras.checkpoints.saving import write_json
+from gemma2_keras.checkpoints.transformers import TOKENIZER_FILE
+from gemma2_keras.checkpoints.vocabulary import parse_model
 
-TOKENIZER_FILE = "tokenizer.model"
 TOKENIZER_JSON_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
@@ -68,7 +67,7 @@ def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
     >>> described["model"]["vocab"]["<end_of_turn>"], described["model"]["type"]
     (107, 'BPE')
     """
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.proto)
+    model = parse_model(tokenizer.proto)
     kinds, normal = type(model.pieces[0]), []
     control = set(tokenizer.special_token_ids)
     added = []

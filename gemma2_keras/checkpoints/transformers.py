@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gemma2_keras.checkpoints.contents import Checkpoint
+from gemma2_keras.checkpoints.contents import Checkpoint, shards_of
 from gemma2_keras.checkpoints.guard import file_inside, read_json, some
 from gemma2_keras.checkpoints.names import weight_map
 from gemma2_keras.checkpoints.saving import write_json
@@ -255,37 +254,25 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
     return files
 
 
-def write_checkpoint(
-    folder: Path, checkpoint: Checkpoint, dtype: str | None = None, max_shard_size: float | None = None
-) -> None:
+def write_checkpoint(folder: Path, checkpoint: Checkpoint, max_shard_size: float | None = None) -> None:
     """Write configuration and weights as transformers reads them, one tensor at a time.
 
     Args:
         folder: an existing folder.
-        checkpoint: what to write.
-        dtype: of the tensors; `None` is the checkpoint's.
+        checkpoint: what to write, in its dtype.
         max_shard_size: most GB in one file; `None` for a single file.
     """
-    dtype = dtype or checkpoint.dtype
+    dtype = checkpoint.dtype
     write_json(folder / CONFIG_FILE, describe_config(checkpoint.config, dtype))
     shapes = {name: weight.shape for name, weight in weight_map(checkpoint.config).items()}
-    limit = float("inf") if max_shard_size is None else max_shard_size * 1e9
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
-    size = total = 0
-    for name, shape in shapes.items():
-        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-        if shards[-1] and size + nbytes > limit:
-            shards.append({})
-            size = 0
-        shards[-1][name] = shape
-        size += nbytes
-        total += nbytes
+    shards = shards_of(checkpoint, max_shard_size)
     if len(shards) == 1:
         write_tensors(folder / WEIGHTS_FILE, shapes, dtype, checkpoint.read)
         return
     shard_of = {}
-    for i, part in enumerate(shards, start=1):
+    for i, names in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(folder / file, part, dtype, checkpoint.read)
-        shard_of.update(dict.fromkeys(part, file))
+        write_tensors(folder / file, {name: shapes[name] for name in names}, dtype, checkpoint.read)
+        shard_of.update(dict.fromkeys(names, file))
+    total = checkpoint.config.parameter_count * np.dtype(dtype).itemsize
     write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": shard_of})

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from gemma2_keras.kernels import linear
+from gemma2_keras.kernels import array, linear, stored
 from gemma2_keras.layers.initialization import weight_initializer
 from gemma2_keras.layers.lean import LeanLayer
 from gemma2_keras.layers.low_rank import Adapter, LowRank
@@ -186,8 +186,12 @@ class Linear(LeanLayer):
 
     def merged_weight(self) -> np.ndarray:
         """The (out, in) weight with the adapter in effect, if any, folded in: what a saved model holds."""
-        weight = ops.convert_to_numpy(self.weight)
+        weight = array(stored(self.weight))
         return weight if self.adapter is None else self.adapter.merged(weight)
+
+    def base_weight(self) -> np.ndarray:
+        """The (out, in) weight without any adapter, though one be merged."""
+        return array(stored(self.weight)) if self._base is None else self._base
 
     # Saving
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -136,14 +137,27 @@ class Adapter:
 
     def merged(self, weight: np.ndarray) -> np.ndarray:
         """The (out, in) weight with the adapter in it, in the weight's dtype."""
-        arrays = {name: ops.convert_to_numpy(variable) for name, variable in self.variables.items()}
-        whole = weight.astype("float32") + arrays["lora_b"] @ arrays["lora_a"] * self.spec.scale
-        if self.spec.use_dora:
-            whole *= (arrays["lora_magnitude"] / np.linalg.norm(whole, axis=1))[:, None]
-        return whole.astype(weight.dtype)
+        return merged(weight, self.spec, {name: ops.convert_to_numpy(value) for name, value in self.variables.items()})
 
     def reset(self, weight: Any) -> None:
         """Return to no effect on `weight`, the (out, in) weight."""
         self.b.assign(ops.zeros(self.b.shape))
         if self.spec.use_dora:
             self.variables["lora_magnitude"].assign(self.row_lengths(weight))
+
+
+def merged(weight: np.ndarray, spec: LowRank, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A weight with an adapter in it.
+
+    Args:
+        weight: (out, in) array.
+        spec: the adapter's hyperparameters.
+        arrays: its float32 weights, under the names of `Adapter.variables`.
+
+    Returns:
+        (out, in) array of the weight's dtype.
+    """
+    whole = weight.astype("float32") + arrays["lora_b"] @ arrays["lora_a"] * spec.scale
+    if spec.use_dora:
+        whole *= (arrays["lora_magnitude"] / np.linalg.norm(whole, axis=1))[:, None]
+    return whole.astype(weight.dtype)

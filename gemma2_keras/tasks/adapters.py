@@ -182,7 +182,8 @@ class AdapterTask(_Task):
         >>> model.adapters
         ['default', 'again']
         """
-        read_adapter(folder, self.backbone).add_to(self.backbone, name, trainable)
+        shapes = {module: tuple(layer.weight.shape) for module, layer in self.backbone.linear_layers().items()}
+        read_adapter(folder, shapes).add_to(self.backbone, name, trainable)
         self.notice_adapters()
 
     def remember_adapters(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import keras
@@ -20,6 +19,7 @@ from gemma2_keras.preprocessing.records import is_tokenized
 from gemma2_keras.tasks.adapters import AdapterTask
 from gemma2_keras.tasks.data import preprocessed
 from gemma2_keras.tasks.distillation_loss import check_targets, split_targets
+from gemma2_keras.tasks.exports import Exports
 from gemma2_keras.tasks.generating import check_verbose
 from gemma2_keras.tasks.perplexity import examples_of_text, examples_of_tokens, perplexities
 from gemma2_keras.tasks.sources import StreamBatches
@@ -29,7 +29,7 @@ _SAMPLERS = ("beam", "contrastive", "greedy", "random", "top_k", "top_p")
 
 
 @keras.saving.register_keras_serializable(package="gemma2_keras")
-class Gemma2CausalLM(AdapterTask, TokenTraining):
+class Gemma2CausalLM(AdapterTask, Exports, TokenTraining):
     """Gemma 2 with its output projection: `fit` on text, `generate` text, as `keras_hub.models.CausalLM`.
 
     Called on `{"token_ids": (B, T) int32, "padding_mask": (B, T)}` it returns (B, T, V) float32 logits. As for the
@@ -76,7 +76,7 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
         check_token_inputs(inputs, self.backbone.config.vocabulary_size)
         return super().__call__(inputs, *args, **kwargs)
 
-    # Loading and saving
+    # Loading
 
     @classmethod
     def from_preset(cls, preset, load_weights=True, *, dtype=None, check_finite=True, **kwargs):
@@ -98,24 +98,6 @@ class Gemma2CausalLM(AdapterTask, TokenTraining):
             kwargs["preprocessor"] = cls.preprocessor_cls.from_preset(preset)
         backbone = cls.backbone_cls.from_preset(preset, load_weights, dtype=dtype, check_finite=check_finite)
         return cls(backbone, **kwargs)
-
-    def save_to_preset(self, preset_dir: str | os.PathLike, max_shard_size: float | None = 10) -> None:
-        """Write a folder that `from_preset` and transformers load; adapters are merged into the weights.
-
-        Args:
-            preset_dir: where. An earlier saved preset there is replaced, and stays as it was if writing fails.
-            max_shard_size: most GB in one file of weights; `None` for a single file.
-
-        Raises:
-            FileExistsError: if something else than a saved preset stands there.
-        """
-        preset_files.save_preset(
-            preset_dir,
-            backbone=self.backbone,
-            tokenizer=None if self.preprocessor is None else self.preprocessor.tokenizer,
-            preprocessor=self.preprocessor,
-            max_shard_size=max_shard_size,
-        )
 
     # Training
 

@@ -358,7 +358,7 @@ def test_a_missing_setting(folder, change, key):
         ({"intermediate_dim": 0}, "describes no Gemma 2 model: `intermediate_dim` must be"),
         ({"intermediate_dim": -2}, "describes no Gemma 2 model: `intermediate_dim` must be"),
         ({"vocabulary_size": "x" * 10_000}, "`vocabulary_size` must be a number in config.json; it is 'xxx"),
-        ({"num_layers": [3]}, r"`num_layers` must be a number in config.json; it is \[3\]"),
+        ({"num_layers": [3]}, r"`num_layers` must be a number in config.json; it is an array of 1"),
         ({"num_layers": 3.0}, "`num_layers` must be a whole number"),
         ({"num_layers": True}, "`num_layers` must be a whole number"),
         ({"num_layers": 0}, "`num_layers` must be a whole number of at least 1"),

@@ -1,0 +1,192 @@
+"""Models into the formats of other programs: from memory, or from one file to another without a model in between."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gemma2_keras.checkpoints.adapters import StoredAdapter, read_adapter, write_adapter
+from gemma2_keras.checkpoints.contents import Checkpoint, ConvertedCheckpoint, WatchedCheckpoint
+from gemma2_keras.checkpoints.fetching import OWN_FILE
+from gemma2_keras.checkpoints.gguf import write_gguf
+from gemma2_keras.checkpoints.hub import resolve
+from gemma2_keras.checkpoints.keras_hub import METADATA_FILE, write_keras_hub
+from gemma2_keras.checkpoints.names import weight_map
+from gemma2_keras.checkpoints.presets import check_shard_size, is_ours, write_model, write_settings
+from gemma2_keras.checkpoints.saving import replacing_folder, write_json
+from gemma2_keras.checkpoints.stored import FORMAT, open_stored
+from gemma2_keras.checkpoints.tokenizer_files import write_tokenizer
+from gemma2_keras.config import Gemma2Config
+from gemma2_keras.layers.low_rank import merged
+from gemma2_keras.preprocessing.causal_lm_preprocessor import Gemma2CausalLMPreprocessor
+from gemma2_keras.preprocessing.tokenizer import Gemma2Tokenizer
+
+FORMATS = ("transformers", "keras-hub", "gguf")
+DTYPES = ("float32", "bfloat16", "float16")
+# Within an exported folder, an adapter that is not merged.
+ADAPTER_FOLDER = "adapter"
+
+
+class AdaptedCheckpoint:
+    """A checkpoint with an adapter merged into each weight as it is read.
+
+    Args:
+        checkpoint: the weights without it.
+        adapter: of that model.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, adapter: StoredAdapter) -> None:
+        self.config = checkpoint.config
+        self._checkpoint = checkpoint
+        self._adapter = adapter
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the tensors."""
+        return self._checkpoint.dtype
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in the dtype of the checkpoint."""
+        module, weight = name.removesuffix(".weight"), self._checkpoint.read(name)
+        specs = self._adapter.specs
+        return merged(weight, specs[module], self._adapter.weights[module]) if module in specs else weight
+
+
+def export_transformers(
+    folder: str | os.PathLike,
+    checkpoint: Checkpoint,
+    preprocessor: Any = None,
+    *,
+    dtype: str | None = None,
+    max_shard_size: float | None = 10,
+    adapted: tuple[Any, str] | None = None,
+) -> None:
+    """Write a folder for `AutoModelForCausalLM` and `AutoTokenizer`, which `from_preset` reads as well.
+
+    Args:
+        folder: where; an earlier one of ours there is replaced, and stays as it was if writing fails.
+        checkpoint: the weights.
+        preprocessor: a `Gemma2CausalLMPreprocessor`; `None` writes no tokenizer.
+        dtype: of the weights; `None` is the checkpoint's.
+        max_shard_size: most GB in one file of weights; `None` for a single file.
+        adapted: a backbone and the name of the adapter of it that is written beside the weights, into `adapter/`.
+    """
+    _check_dtype(dtype, DTYPES)
+    check_shard_size(max_shard_size)
+    with replacing_folder(folder, OWN_FILE, lambda name: is_ours(name) or name == ADAPTER_FOLDER) as beside:
+        own: dict[str, Any] = {"format": FORMAT}
+        own |= write_model(beside, ConvertedCheckpoint(checkpoint, dtype), max_shard_size)
+        if preprocessor is not None:
+            write_tokenizer(beside, preprocessor.tokenizer)
+            own |= write_settings(beside, preprocessor.tokenizer, preprocessor)
+        write_json(beside / OWN_FILE, own)
+        if adapted is not None:
+            write_adapter(beside / ADAPTER_FOLDER, *adapted)
+
+
+def export_keras_hub(
+    folder: str | os.PathLike,
+    checkpoint: Checkpoint,
+    preprocessor: Any = None,
+    *,
+    dtype: str | None = None,
+    max_shard_size: float | None = 10,
+) -> None:
+    """Write a folder for `keras_hub.models.GemmaCausalLM.from_preset`.
+
+    Arguments are as of `export_transformers`; an earlier folder in KerasHub's format is replaced.
+
+    Raises:
+        ValueError: if KerasHub's Gemma has no hyperparameter for what the model computes.
+
+    Warns:
+        UserWarning: if KerasHub computes something else than what is written.
+    """
+    _check_dtype(dtype, DTYPES)
+    check_shard_size(max_shard_size)
+    settings = {}
+    if preprocessor is not None:
+        names = ("sequence_length", "add_start_token", "add_end_token")
+        settings = {"proto": preprocessor.tokenizer.proto, **{name: getattr(preprocessor, name) for name in names}}
+    with replacing_folder(folder, METADATA_FILE, _is_keras_hubs, "KerasHub preset") as beside:
+        write_keras_hub(beside, ConvertedCheckpoint(checkpoint, dtype), max_shard_size=max_shard_size, **settings)
+
+
+def _is_keras_hubs(name: str) -> bool:
+    return name == "assets" or name.endswith((".json", ".weights.h5"))
+
+
+def export_gguf(
+    path: str | os.PathLike, checkpoint: Checkpoint, preprocessor: Any = None, *, dtype: str | None = None
+) -> None:
+    """Write a GGUF file, and a `Modelfile` beside it; see `gguf.write_gguf`."""
+    proto = None if preprocessor is None else preprocessor.tokenizer.proto
+    stop_ids: Sequence[int] | None = None if preprocessor is None else preprocessor.tokenizer.stop_token_ids
+    write_gguf(path, checkpoint, proto, dtype=dtype, stop_token_ids=stop_ids)
+
+
+def _check_dtype(dtype: Any, allowed: Sequence[str]) -> None:
+    if dtype is not None and dtype not in allowed:
+        raise ValueError(f"`dtype` must be {', '.join(allowed)}, or None for that of the weights; given {dtype!r}.")
+
+
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    to: str,
+    *,
+    dtype: str | None = None,
+    adapter: str | os.PathLike | None = None,
+    check_finite: bool = True,
+) -> None:
+    """Write a preset in another format, one tensor at a time, without making a model of it.
+
+    Args:
+        source: a name, handle, folder or GGUF file, as `from_preset` takes it.
+        target: the folder or, for GGUF, the file to write.
+        to: `"transformers"`, `"keras-hub"` or `"gguf"`.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"` or, for GGUF, `"q8_0"`; `None` keeps that of the weights.
+        adapter: folder of an adapter of PEFT's format, to be merged into the weights.
+        check_finite: whether weights that are NaN or infinite are refused.
+
+    Raises:
+        PresetError: if the source leads nowhere.
+        CheckpointError: if it, or the adapter, is not whole.
+        FileExistsError: if something else than an earlier result stands at `target`.
+        ValueError: if `to` or `dtype` is none of these, or the format cannot hold the model.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"`to` must be one of {', '.join(FORMATS)}; given {to!r}.")
+    if to != "gguf":
+        _check_dtype(dtype, DTYPES)
+    stored = open_stored(resolve(source))
+    proto, preprocessor = stored.proto(), None
+    if proto is not None:
+        tokenizer = Gemma2Tokenizer(proto, **stored.settings("tokenizer"))
+        preprocessor = Gemma2CausalLMPreprocessor(tokenizer, **stored.settings("preprocessor"))
+    with WatchedCheckpoint(stored.checkpoint(), "Converting", check_finite) as checkpoint:
+        contents: Checkpoint = checkpoint
+        if adapter is not None:
+            contents = AdaptedCheckpoint(contents, read_adapter(adapter, projections(contents.config)))
+        if to == "gguf":
+            export_gguf(target, contents, preprocessor, dtype=dtype)
+        elif to == "keras-hub":
+            export_keras_hub(target, contents, preprocessor, dtype=dtype)
+        else:
+            export_transformers(target, contents, preprocessor, dtype=dtype)
+
+
+def projections(config: Gemma2Config) -> dict[str, tuple[int, int]]:
+    """The (out, in) shape of every projection, by its module.
+
+    >>> projections(Gemma2Config(64, 1, 4, 2, 24, 40, 8))["model.layers.0.mlp.down_proj"]
+    (24, 40)
+    """
+    return {
+        name.removesuffix(".weight"): (weight.shape[0], weight.shape[1])
+        for name, weight in weight_map(config).items()
+        if weight.layer is not None and len(weight.shape) == 2
+    }
