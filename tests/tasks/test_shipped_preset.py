@@ -81,6 +81,9 @@ def test_it_is_saved_and_loaded_as_it_was(shipped, tmp_path):
 
 MODULES = [
     "checkpoints.catalogue",
+    "checkpoints.gguf",
+    "checkpoints.gguf_architecture",
+    "checkpoints.gguf_container",
     "checkpoints.guard",
     "checkpoints.names",
     "config",
