@@ -196,7 +196,7 @@ class _Streamed:
     def tofile(self, file: BinaryIO) -> None:
         """Write the tensor, in the order of its rows."""
         for rows in self._some_rows():
-            self._converted(rows).tofile(file)
+            np.ascontiguousarray(self._converted(rows)).tofile(file)
 
     def _some_rows(self) -> Iterator[np.ndarray]:
         value = np.atleast_2d(self._value)

@@ -44,6 +44,11 @@ def keys(tmp_path_factory) -> dict:
 
 
 @pytest.fixture(scope="session")
+def tokenizer() -> Gemma2Tokenizer:
+    return tiny.tokenizer()
+
+
+@pytest.fixture(scope="session")
 def again(keys) -> Gemma2Tokenizer:
     """The tokenizer, out of the file."""
     return Gemma2Tokenizer(sentencepiece_model(keys, tiny.VOCABULARY_SIZE))
@@ -59,8 +64,7 @@ def processors(keys) -> list[sentencepiece.SentencePieceProcessor]:
 @example(text="")
 @example(text=" a  b   c\n\n\n\n\n" + "\n" * 40 + " " * 40)
 @example(text="<start_of_turn>user\n\U0001f408\u2581\u2581 <0x41> </h1></td>é\0")
-def test_a_tokenizer_out_of_a_file_gives_the_same_ids(again, processors, text):
-    tokenizer = tiny.tokenizer()
+def test_a_tokenizer_out_of_a_file_gives_the_same_ids(tokenizer, again, processors, text):
     for parse_special in (False, True):
         ids = tokenizer.encode(text, parse_special=parse_special)
         assert again.encode(text, parse_special=parse_special) == ids

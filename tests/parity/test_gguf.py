@@ -95,15 +95,17 @@ def test_ids_of_text_are_the_same(shipped, theirs, text):
 def greedy(shipped, logits_of):
     """Prompts as ids, our continuations of them, and our logits on the way."""
     bare = Gemma2CausalLM(shipped.backbone)
-    made = []
-    for prompt in PROMPTS:
-        ids = [2, *shipped.preprocessor.tokenizer.encode(prompt)]
-        token_ids = np.zeros((1, len(ids) + STEPS), "int32")
-        token_ids[0, : len(ids)] = ids
-        mask = np.arange(token_ids.shape[1])[None] < len(ids)
-        whole = bare.generate({"token_ids": token_ids, "padding_mask": mask}, stop_token_ids=None)["token_ids"]
-        made.append((ids, whole[0, len(ids) :].tolist(), logits_of(shipped, whole)[0]))
-    return made
+    rows = [[2, *shipped.preprocessor.tokenizer.encode(prompt)] for prompt in PROMPTS]
+    token_ids, mask = np.zeros((2, len(rows), 128), "int32")
+    for i, row in enumerate(rows):
+        token_ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    made = bare.generate({"token_ids": token_ids, "padding_mask": mask}, stop_token_ids=None, max_new_tokens=STEPS)
+    logits = logits_of(shipped, made["token_ids"])
+    ends = [(len(row), len(row) + STEPS) for row in rows]
+    return [
+        (row, made["token_ids"][i, start:end].tolist(), logits[i, :end])
+        for i, (row, (start, end)) in enumerate(zip(rows, ends, strict=True))
+    ]
 
 
 def test_greedy_tokens_are_the_same(theirs, greedy):
@@ -144,10 +146,20 @@ def test_narrower_files_are_as_close_as_their_numbers(shipped, greedy, tmp_path,
 
 
 ARCHITECTURES = {
-    "caps": {"query_pre_attention_scalar": 3, "attention_logit_soft_cap": 2.0, "final_logit_soft_cap": 3.0},
-    "no caps": {"attention_logit_soft_cap": None, "final_logit_soft_cap": None, "rope_max_wavelength": 50.0},
+    "odd": {
+        "query_pre_attention_scalar": 3,
+        "attention_logit_soft_cap": None,
+        "final_logit_soft_cap": 3.0,
+        "rope_max_wavelength": 50.0,
+    },
     # As many layers as the 27B model: llama.cpp takes width / heads for the scalar, here 6 and not the head size 8.
-    "27B": {"query_pre_attention_scalar": 30, "num_layers": 46, "intermediate_dim": 8},
+    "27B": {
+        "num_layers": 46,
+        "intermediate_dim": 8,
+        "query_pre_attention_scalar": 30,
+        "attention_logit_soft_cap": 2.0,
+        "final_logit_soft_cap": None,
+    },
 }
 # What llama.cpp takes where a file does not say.
 DEFAULTS = {
