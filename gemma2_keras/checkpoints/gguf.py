@@ -307,7 +307,11 @@ class GgufCheckpoint:
         return find_stop_token_ids(self._keys, self.config.vocabulary_size)
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor; a matrix as a view of the file, a norm's weights in the checkpoint's dtype."""
+        """One tensor; a matrix as a view of the file, a norm's weights in the checkpoint's dtype.
+
+        Raises:
+            CheckpointError: if that dtype cannot hold a norm's weights, which files have in float32.
+        """
         weight = self._weights[name]
         tensor = self._tensors[weight.gguf]
         dtype = _NUMPY_DTYPES[_DTYPE_OF_TYPE[tensor.type]]
@@ -316,7 +320,11 @@ class GgufCheckpoint:
         if len(weight.shape) == 2:
             return value
         remainder = self._keys.get(REMAINDER + weight.gguf, np.zeros(weight.shape, np.float32))
-        return _minus_one(value.astype(np.float32), remainder).astype(_NUMPY_DTYPES[self.dtype])
+        with np.errstate(over="ignore"):
+            norm = _minus_one(value.astype(np.float32), remainder).astype(_NUMPY_DTYPES[self.dtype])
+        if (np.isinf(norm) & np.isfinite(value)).any():
+            raise CheckpointError(f"Tensor {weight.gguf!r} has numbers that {self.dtype} cannot hold.")
+        return norm
 
     def tokenizer_proto(self) -> bytes | None:
         """A SentencePiece model that gives the file's token ids, for `Gemma2Tokenizer`; `None` if it has no tokenizer.

@@ -565,6 +565,20 @@ def test_matrices_of_several_types_make_float32(tmp_path):
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("remainder", [0.0, 3e38])
+def test_a_norm_beyond_the_dtype_of_the_matrices_is_refused(tmp_path, remainder):
+    held = Held(ODD)
+    held.tensors["model.norm.weight"][4] = 70_000.0 if not remainder else 3e38
+    write(tmp_path / "x.gguf", held, dtype="float16")
+    checkpoint = GgufCheckpoint(tmp_path / "x.gguf")
+    if remainder:
+        checkpoint._keys["gemma2_keras.remainder.output_norm.weight"] = np.full(24, remainder, "float32")
+    with pytest.raises(CheckpointError, match=r"'output_norm.weight' has numbers that float16 cannot hold"):
+        checkpoint.read("model.norm.weight")
+    checkpoint.read("model.layers.0.input_layernorm.weight")
+
+
+@pytest.mark.once
 def test_a_quantised_file_of_ours_is_refused_by_name(tmp_path):
     write(tmp_path / "x.gguf", Held(Gemma2Config(**{**ODD.to_dict(), "hidden_dim": 64})), dtype="q8_0")
     assert {"Q8_0", "F16", "F32"} == set(types(tmp_path / "x.gguf").values())
