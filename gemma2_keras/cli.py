@@ -9,6 +9,7 @@ import os
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -120,6 +121,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_settings(finetune)
     finetune.set_defaults(run=_finetune)
+
+    convert = commands.add_parser(
+        "convert",
+        help="write a preset in another format",
+        description="Write a preset in the format of transformers, KerasHub or llama.cpp, one tensor at a time.",
+    )
+    convert.add_argument("source", metavar="IN", help="name, handle, folder or GGUF file")
+    convert.add_argument("target", metavar="OUT", help="folder, or for gguf the file, to write")
+    convert.add_argument("--to", required=True, choices=("transformers", "keras-hub", "gguf"))
+    convert.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16", "q8_0"), help="q8_0 for gguf (default: the weights')"
+    )
+    convert.add_argument("--adapter", metavar="FOLDER", help="an adapter to merge into the weights")
+    convert.add_argument(
+        "--check-finite",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="refuse weights that are NaN or infinite",
+    )
+    convert.set_defaults(run=_convert)
 
     presets = commands.add_parser("presets", help="list the presets, or show one")
     actions = presets.add_subparsers(required=True, metavar="ACTION")
@@ -234,6 +255,28 @@ def _reply(chat: Any, text: str, stats: bool) -> None:
     except KeyboardInterrupt:
         pass
     print(f"\n[{chat.stats}]" if stats and chat.stats else "")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    with quiet_imports():
+        from gemma2_keras.checkpoints.exporting import convert
+
+    given = {name: getattr(options, name) for name in ("dtype", "adapter", "check_finite")}
+    with _warnings_in_a_line():
+        convert(options.source, options.target, options.to, **given)
+    print(options.target)
+
+
+@contextlib.contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Show a warning as an error is shown: without the place in the code that it comes from."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"gemma2-keras: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _finetune(options: argparse.Namespace) -> None:

@@ -108,7 +108,7 @@ def _map(path: Path) -> np.ndarray:
                 raise OSError("no regular file")
             size = os.fstat(file.fileno()).st_size
             # Nothing can be mapped of an empty file.
-            return np.memmap(file, np.uint8, "r").view(np.ndarray) if size else np.zeros(0, np.uint8)
+            return np.memmap(file, np.uint8, "c").view(np.ndarray) if size else np.zeros(0, np.uint8)
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no file {path}.") from error
     except (OSError, ValueError) as error:

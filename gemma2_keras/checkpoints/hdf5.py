@@ -119,14 +119,14 @@ class Hdf5File:
         _check_apart(path, self.arrays)
 
     def read(self, name: str) -> np.ndarray:
-        """One array, a view of the file unless its place there is not aligned; it must not be written to.
+        """One array, a view of the file unless its place there is not aligned; writing to it does not reach the file.
 
         Raises:
             CheckpointError: if the file has become shorter since it was checked.
         """
         array = self.arrays[name]
         try:
-            raw = np.memmap(self.path, np.uint8, "r", array.offset, (array.nbytes,))
+            raw = np.memmap(self.path, np.uint8, "c", array.offset, (array.nbytes,))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path} has changed while it was read ({error}).") from error
         values = np.asarray(raw).view(_numpy_dtype(array.dtype)).reshape(array.shape)

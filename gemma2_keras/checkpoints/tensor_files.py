@@ -89,14 +89,15 @@ class TensorFile:
         return DTYPES[dtype]
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor, as a view of the file: what is written to it does not reach the file."""
+        """A tensor, a view of the file unless its place is not aligned; writing to it does not reach the file."""
         dtype, shape, offset = self.require_known(name), self.entries[name].shape, self.entries[name].offset
         if 0 in shape:
             return np.empty(shape, dtype)
         try:
-            return np.asarray(np.memmap(self.path, dtype, "c", offset, shape or (1,))).reshape(shape)
+            raw = np.memmap(self.path, np.uint8, "c", offset, (math.prod(shape) * dtype.itemsize,))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path} cannot be read any more ({error}).") from error
+        return np.require(np.asarray(raw).view(dtype).reshape(shape), requirements="A")
 
 
 def _entries(file: Any, size: int) -> dict[str, Entry]:
