@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import shutil
 import tracemalloc
@@ -73,16 +74,12 @@ def numbers(variable) -> bytes:
     return np.ascontiguousarray(ops.convert_to_numpy(variable)).tobytes()
 
 
-def their_backbone(dtype: str, seed: int = 0):
+@functools.cache
+def their_backbone(dtype: str):
     model = keras_hub.models.GemmaBackbone(**THEIRS, dtype=dtype)
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     model.set_weights([random.normal(0, 0.5, weight.shape).astype("float32") for weight in model.weights])
     return model
-
-
-@pytest.fixture(scope="module")
-def their_models():
-    return {dtype: their_backbone(dtype) for dtype in ("float32", "bfloat16")}
 
 
 def filled(checkpoint) -> Gemma2Backbone:
@@ -96,11 +93,19 @@ def filled(checkpoint) -> Gemma2Backbone:
 # KerasHub's own folders, both ways
 
 
-@pytest.mark.parametrize("shard", [None, SHARD], ids=["single", "sharded"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_from_kerashub_to_us_to_kerashub_no_bit_changes(their_models, tmp_path, dtype, shard):
+@pytest.mark.parametrize(
+    ("dtype", "shard"),
+    [
+        ("bfloat16", SHARD),
+        pytest.param("bfloat16", None, marks=pytest.mark.once),
+        pytest.param("float32", SHARD, marks=pytest.mark.once),
+        pytest.param("float32", None, marks=pytest.mark.once),
+    ],
+    ids=["bfloat16 sharded", "bfloat16", "float32 sharded", "float32"],
+)
+def test_from_kerashub_to_us_to_kerashub_no_bit_changes(tmp_path, dtype, shard):
     folders = [tmp_path / name for name in ("theirs", "ours", "theirs again")]
-    model, shard = their_models[dtype], shard and shard[dtype]
+    model, shard = their_backbone(dtype), shard and shard[dtype]
     model.save_to_preset(folders[0], max_shard_size=shard)
     checkpoint = KerasHubCheckpoint(folders[0])
     assert (checkpoint.config, checkpoint.dtype) == (OURS, dtype)
@@ -123,10 +128,10 @@ def test_from_kerashub_to_us_to_kerashub_no_bit_changes(their_models, tmp_path, 
 
 
 @pytest.mark.once
-def test_our_folder_says_what_theirs_says(their_models, tmp_path):
+def test_our_folder_says_what_theirs_says(tmp_path):
     tokenizer = keras_hub.models.GemmaTokenizer(tiny.proto())
     preprocessor = keras_hub.models.GemmaCausalLMPreprocessor(tokenizer, sequence_length=16, add_end_token=False)
-    keras_hub.models.GemmaCausalLM(their_models["bfloat16"], preprocessor).save_to_preset(tmp_path / "theirs")
+    keras_hub.models.GemmaCausalLM(their_backbone("bfloat16"), preprocessor).save_to_preset(tmp_path / "theirs")
     (tmp_path / "ours").mkdir()
     write_keras_hub(
         tmp_path / "ours",
@@ -153,6 +158,7 @@ def test_our_folder_says_what_theirs_says(their_models, tmp_path):
         assert read_preprocessor(tmp_path / side) == expected
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("shard", [None, SHARD], ids=["single", "sharded"])
 def test_kerashub_loads_the_whole_task(tmp_path, shard):
     ours = tiny.backbone(num_layers=2, query_pre_attention_scalar=8, context_length=8192)
@@ -162,10 +168,6 @@ def test_kerashub_loads_the_whole_task(tmp_path, shard):
     model = keras_hub.models.CausalLM.from_preset(str(tmp_path))
     assert type(model) is keras_hub.models.GemmaCausalLM
     assert type(model.preprocessor) is keras_hub.models.GemmaCausalLMPreprocessor
-    for name, weight in weight_map(ours.config).items():
-        assert numbers(weight.variable_of(ours)) == numbers(weight.variable_of(filled(KerasHubCheckpoint(tmp_path)))), (
-            name
-        )
     text = "The cat sat on the log."
     theirs = model.preprocessor([text])[0]
     expected = tiny.preprocessor()([text])[0]
