@@ -24,8 +24,8 @@ import numpy as np
 
 from gemma2_keras.errors import CheckpointError
 
-# Far above what an honest file has: that of a model of 46 layers has 2,000 groups and arrays, described by 2 MiB.
-MOST_METADATA, _MOST_MEMBERS = 16 * 2**20, 20_000
+# Far above what an honest file has: that of a model of 46 layers has 2,000 groups and arrays, described by 1 MiB.
+MOST_METADATA, _MOST_MEMBERS = 8 * 2**20, 20_000
 # Each read counts for at least so many bytes, so that many small ones have an end as well.
 _LEAST_READ = 64
 _LONGEST_PATH, _MOST_DIMENSIONS = 255, 8
@@ -99,10 +99,22 @@ class Hdf5File:
         path: the file.
 
     Attributes:
+        path: the file.
         arrays: each array by its path in the file, such as `"layers/rms_normalization/vars/0"`.
 
     Raises:
         CheckpointError: if the file is missing, truncated or broken, or holds what Keras does not write.
+
+    Example:
+
+    >>> import tempfile
+    >>> import h5py
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "model.weights.h5")
+    ...     with h5py.File(path, "w") as file:
+    ...         file["layers/dense/vars/0"] = np.ones((2, 3), "float32")
+    ...     Hdf5File(path).arrays
+    {'layers/dense/vars/0': StoredArray(offset=2048, shape=(2, 3), dtype='float32')}
     """
 
     def __init__(self, path: Path) -> None:
@@ -113,7 +125,7 @@ class Hdf5File:
             raise CheckpointError(f"{path} is no regular file.")
         try:
             with open(path, "rb") as file:
-                self.arrays = dict(_Walk(path, file).arrays())
+                self.arrays = _Walk(path, file).arrays()
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         _check_apart(path, self.arrays)
@@ -155,8 +167,8 @@ class _Walk:
         self._seen: set[int] = set()
         self._heaps: dict[int, dict[int, bytes]] = {}
 
-    def arrays(self) -> Iterator[tuple[str, StoredArray]]:
-        """Every array with its path."""
+    def arrays(self) -> dict[str, StoredArray]:
+        """Every array by its path."""
         found: dict[str, StoredArray] = {}
         groups = [("", self._root())]
         while groups:
@@ -176,7 +188,7 @@ class _Walk:
                 found[name] = self._array(name, messages)
             else:
                 self._break("the root is no group")
-        yield from found.items()
+        return found
 
     def _root(self) -> int:
         if self._size < 96 or self._take(0, 8) != _SIGNATURE:

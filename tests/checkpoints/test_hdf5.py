@@ -362,10 +362,15 @@ def test_a_changed_file_is_read_or_refused(honest, path, data):
         content[place : place + len(value)] = value
     content = content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))]
     path.write_bytes(content)
+    tracemalloc.start()
     try:
         file = Hdf5File(path)
     except CheckpointError:
         return
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2**20
     arrays = sorted(file.arrays.values(), key=lambda array: array.offset)
     assert all(a.offset + a.nbytes <= b.offset for a, b in itertools.pairwise(arrays))
     for name, array in file.arrays.items():

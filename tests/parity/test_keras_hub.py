@@ -39,8 +39,11 @@ CONFIGS = {
     },
     # As in 27B: scaled by width / heads, 12, and not by the head size.
     "by width": {"query_head_dim_normalize": False},
+    # KerasHub uses it in the last norm alone.
+    "another epsilon": {"layer_norm_epsilon": 1.0},
 }
-WHERE_KERASHUB_IS_RIGHT = [name for name in CONFIGS if name != "by width"]
+WHERE_KERASHUB_IS_WRONG = {"by width": {"query_pre_attn_scalar": 12}, "another epsilon": {"rms_norm_eps": 1.0}}
+WHERE_KERASHUB_IS_RIGHT = [name for name in CONFIGS if name not in WHERE_KERASHUB_IS_WRONG]
 # KerasHub counts positions from the first token, padded or not.
 PADDING_MASK = np.array([[1] * 19, [1] * 12 + [0] * 7, [1] + [0] * 18])
 REAL = PADDING_MASK == 1
@@ -85,10 +88,11 @@ def test_parity_would_fail_if_the_configuration_were_misread(change, reference, 
     assert np.abs(found - expected)[REAL].max() > 1e-2
 
 
-def test_scaled_by_width_our_logits_are_those_of_transformers_and_kerashubs_are_not(reference, logits_of, tmp_path):
-    theirs = make("by width")
+@pytest.mark.parametrize("name", WHERE_KERASHUB_IS_WRONG)
+def test_where_kerashub_is_wrong_our_logits_are_those_of_transformers(name, reference, logits_of, tmp_path):
+    theirs = make(name)
     theirs.save_to_preset(tmp_path)
-    judge = reference.make({"query_pre_attn_scalar": 12})
+    judge = reference.make({"query_pre_attn_scalar": 16, **WHERE_KERASHUB_IS_WRONG[name]})
     checkpoint = KerasHubCheckpoint(tmp_path)
     tensors = {name: torch.tensor(np.array(checkpoint.read(name))) for name in weight_map(checkpoint.config)}
     judge.load_state_dict({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]})
