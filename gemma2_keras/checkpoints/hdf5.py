@@ -119,13 +119,13 @@ class Hdf5File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.exists():
-            raise CheckpointError(f"{path.parent} lacks the file {path.name}.")
-        if not path.is_file():
+        if path.exists() and not path.is_file():
             raise CheckpointError(f"{path} is no regular file.")
         try:
             with open(path, "rb") as file:
                 self.arrays = _Walk(path, file).arrays()
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path.parent} lacks the file {path.name}.") from error
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         _check_apart(path, self.arrays)

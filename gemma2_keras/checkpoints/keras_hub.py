@@ -16,8 +16,8 @@ import h5py
 import ml_dtypes
 import numpy as np
 
-from gemma2_keras.checkpoints.contents import Checkpoint, shards_of
-from gemma2_keras.checkpoints.guard import file_inside, read_json, shown, some
+from gemma2_keras.checkpoints.contents import Checkpoint
+from gemma2_keras.checkpoints.guard import read_json, some
 from gemma2_keras.checkpoints.hdf5 import Hdf5File
 from gemma2_keras.checkpoints.names import weight_map
 from gemma2_keras.checkpoints.saving import write_json
@@ -31,6 +31,7 @@ TOKENIZER_FILE = "tokenizer.json"
 PREPROCESSOR_FILE = "preprocessor.json"
 WEIGHTS_FILE = "model.weights.h5"
 INDEX_FILE = "model.weights.json"
+_SHARD = re.compile(r"model_[0-9]{1,10}\.weights\.h5")
 VOCABULARY_FILE = "assets/tokenizer/vocabulary.spm"
 
 # Class -> its module, as KerasHub writes it.
@@ -308,7 +309,11 @@ def _arrays(folder: Path) -> dict[str, Hdf5File]:
         raise CheckpointError(f"{folder / INDEX_FILE} has no `weight_map`.")
     promised: dict[Path, set[str]] = {}
     for group, shard in index.items():
-        promised.setdefault(file_inside(folder, shard), set()).add(f"{group.removeprefix('/')}/0")
+        if not (isinstance(shard, str) and _SHARD.fullmatch(shard)):
+            raise CheckpointError(
+                f"{folder / INDEX_FILE} names {_shown(shard)} as a file of weights; only model_*.weights.h5 are read."
+            )
+        promised.setdefault(folder / shard, set()).add(f"{group.removeprefix('/')}/0")
     file_of: dict[str, Hdf5File] = {}
     for path, names in promised.items():
         file = Hdf5File(path)

@@ -610,10 +610,27 @@ def test_a_missing_or_truncated_shard(sharded):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("name", ["../model_00000.weights.h5", "/etc/passwd", "sub/x", "..", "", None, 5, ["a"], {}])
-def test_an_index_that_names_no_plain_file(sharded, index, name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../model_00000.weights.h5",
+        "/etc/passwd",
+        "sub/x",
+        "..",
+        "",
+        "x" * 10_000,
+        "\ud800",
+        "model_0\n",
+        None,
+        5,
+        ["a"],
+        {},
+    ],
+    ids=lambda name: ascii(name)[:30],
+)
+def test_an_index_that_names_no_shard(sharded, index, name):
     index(lambda names: names.update({f"/{NORM.removesuffix('/0')}": name}))
-    assert_refused(sharded, "no plain file name")
+    assert_refused(sharded, r"model\.weights\.json names .* as a file of weights; only model_\*\.weights\.h5 are read")
 
 
 @pytest.mark.once
