@@ -29,6 +29,7 @@ from gemma2_keras.checkpoints.keras_hub import (
 from gemma2_keras.checkpoints.names import weight_map
 from gemma2_keras.config import Gemma2Config
 from gemma2_keras.errors import CheckpointError
+from gemma2_keras.layers.initialization import awaiting_weights
 from tests.preprocessing import tiny
 
 # Odd on purpose: width ≠ heads · head size, fewer key heads than heads, an odd number of layers, a short window.
@@ -74,6 +75,12 @@ def numbers(variable) -> bytes:
     return np.ascontiguousarray(ops.convert_to_numpy(variable)).tobytes()
 
 
+@pytest.fixture(autouse=True)
+def _from_zeros(monkeypatch):
+    """KerasHub's models start from zeros: JAX compiles a random initializer for each shape."""
+    monkeypatch.setattr(keras.initializers.VarianceScaling, "__call__", lambda _, shape, dtype: ops.zeros(shape, dtype))
+
+
 @functools.cache
 def their_backbone(dtype: str):
     model = keras_hub.models.GemmaBackbone(**THEIRS, dtype=dtype)
@@ -84,7 +91,8 @@ def their_backbone(dtype: str):
 
 def filled(checkpoint) -> Gemma2Backbone:
     """Our model with the tensors of a checkpoint."""
-    backbone = Gemma2Backbone(**checkpoint.config.to_dict(), dtype=checkpoint.dtype)
+    with awaiting_weights():
+        backbone = Gemma2Backbone(**checkpoint.config.to_dict(), dtype=checkpoint.dtype)
     for name, weight in weight_map(checkpoint.config).items():
         weight.variable_of(backbone).assign(checkpoint.read(name))
     return backbone

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import functools
 
+import keras
 import keras_hub
 import numpy as np
 import pytest
 import torch
+from keras import ops
 
 from gemma2_keras import Gemma2Backbone, Gemma2CausalLM
 from gemma2_keras.checkpoints.contents import LiveCheckpoint
 from gemma2_keras.checkpoints.keras_hub import KerasHubCheckpoint, write_keras_hub
 from gemma2_keras.checkpoints.names import weight_map
+from gemma2_keras.layers.initialization import awaiting_weights
 
 LENGTH = 19  # more than three windows of 5
 THEIRS = {
@@ -28,7 +31,6 @@ THEIRS = {
     "use_post_attention_norm": True,
     "use_sliding_window_attention": True,
 }
-# Of few shapes, since JAX compiles an initializer for each.
 CONFIGS = {
     "base": {},
     "as many key heads as heads": {"num_key_value_heads": 4},
@@ -49,6 +51,12 @@ PADDING_MASK = np.array([[1] * 19, [1] * 12 + [0] * 7, [1] + [0] * 18])
 REAL = PADDING_MASK == 1
 
 
+@pytest.fixture(autouse=True)
+def _from_zeros(monkeypatch):
+    """KerasHub's models start from zeros: JAX compiles a random initializer for each shape."""
+    monkeypatch.setattr(keras.initializers.VarianceScaling, "__call__", lambda _, shape, dtype: ops.zeros(shape, dtype))
+
+
 @functools.cache
 def make(name):
     """A model of KerasHub's with normal weights, large enough for both caps to count."""
@@ -62,7 +70,8 @@ def make(name):
 
 def load(folder) -> Gemma2CausalLM:
     checkpoint = KerasHubCheckpoint(folder)
-    backbone = Gemma2Backbone(**checkpoint.config.to_dict())
+    with awaiting_weights():
+        backbone = Gemma2Backbone(**checkpoint.config.to_dict())
     for name, weight in weight_map(checkpoint.config).items():
         weight.variable_of(backbone).assign(checkpoint.read(name))
     return Gemma2CausalLM(backbone)
