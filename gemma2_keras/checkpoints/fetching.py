@@ -97,7 +97,7 @@ def weight_files(folder: Path) -> list[str]:
 def has_all(folder: Path, weights: bool) -> bool:
     """Whether a folder has its configuration and, if asked for, every file of weights."""
     if not (folder / CONFIG_FILE).is_file():
-        return (folder / OWN_FILE).is_file()
+        return False
     return not weights or all((folder / name).is_file() for name in weight_files(folder))
 
 
@@ -193,8 +193,11 @@ def did_not_come(what: str, source: str, error: BaseException, reason: str | Non
         error: what was raised.
         reason: what it means and what to do, in sentences, if that is known.
     """
-    if any(isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) for cause in causes(error)):
+    numbers = {cause.errno for cause in causes(error) if isinstance(cause, OSError)}
+    if numbers & {errno.ENOSPC, errno.EDQUOT}:
         reason = "The disk is full. Make room and ask again; files that came whole are kept."
+    elif numbers & {errno.EACCES, errno.EPERM, errno.EROFS}:
+        reason = "The cache cannot be written to: point HF_HOME, KAGGLEHUB_CACHE or KERAS_HOME to another folder."
     if reason is None:
         reason = f"Check the connection, or give a folder with the checkpoint; {WITHOUT_DOWNLOAD}"
     return f"{what} could not be fetched from {source} ({type(error).__name__}). {reason}"

@@ -16,6 +16,7 @@ from gemma2_keras.checkpoints.fetching import (
     has_all,
     is_gated,
     lacks_weights,
+    layout_of,
     weight_files,
 )
 from gemma2_keras.checkpoints.transformers import CONFIG_FILE
@@ -58,10 +59,15 @@ def fetch(handle: str, weights: bool) -> Path:
 
 
 def cached(handle: str, weights: bool) -> Path | None:
-    """The folder of a repository if all that `fetch` would give lies in the cache; nothing is asked of the network."""
+    """The folder of a repository if configuration, tokenizer and, if wanted, weights are in the cache; asks nobody.
+
+    Other programs fetch file by file, and often another file of the tokenizer.
+    """
     repository, revision = _parse(handle)
     folder = _held(repository, revision, SETTINGS)
-    return folder if folder is not None and has_all(folder, weights) else None
+    if folder is None or not has_all(folder, weights) or not (folder / layout_of(folder).tokenizer).is_file():
+        return None
+    return folder
 
 
 def has_token() -> bool:

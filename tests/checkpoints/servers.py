@@ -110,11 +110,17 @@ class Request(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
 
+class _Quiet(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Who asked has gone away."""
+
+
 @contextlib.contextmanager
 def serving(server: Server) -> Iterator[Server]:
     """Let a server answer at its `url`."""
-    http = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Request,), {"stand_in": server}))
-    http.daemon_threads = True
+    http = _Quiet(("127.0.0.1", 0), type("Bound", (Request,), {"stand_in": server}))
     server.url = f"http://127.0.0.1:{http.server_address[1]}"
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -148,7 +154,9 @@ class HuggingFace(Server):
                 request.send_json({"id": "someone/model", "sha": self.commit, "siblings": []})
         elif re.fullmatch(rf"/api/models/[^/]+/[^/]+/tree/{self.commit}", path):
             request.send_json([self._entry(name) for name in self.files])
-        elif (found := re.fullmatch(rf"/[^/]+/[^/]+/resolve/{self.commit}/(.+)", path)) and found[1] in self.files:
+        elif (found := re.fullmatch(rf"/[^/]+/[^/]+/resolve/(?:{self.commit}|main)/(.+)", path)) and found[
+            1
+        ] in self.files:
             size = {"X-Linked-Size": str(len(self.files[found[1]]))}
             etag = {"X-Repo-Commit": self.commit, "ETag": f'"{self._hash(found[1])}"'}
             self.send_file(request, found[1], {**size, **etag})

@@ -375,6 +375,15 @@ def test_cached_asks_nothing_and_knows_what_is_missing(server):
     assert hugging_face.cached("someone/model", True) == folder
 
 
+def test_a_cache_that_another_program_filled_is_completed(server):
+    for name in ("config.json", "tokenizer.json", "model.safetensors.index.json", *WEIGHTS):
+        huggingface_hub.hf_hub_download("someone/model", name)
+    assert hugging_face.cached("someone/model", True) is None
+    folder = resolve("hf://someone/model")
+    assert names(folder) == SMALL | WEIGHTS
+    assert hugging_face.cached("someone/model", True) == folder
+
+
 # The HTTP library that this version of huggingface_hub works with.
 HTTP = importlib.import_module(errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
 
@@ -394,6 +403,7 @@ def _with_response(kind, status=403):
         (lambda: errors.LocalEntryNotFoundError("no"), r"could not be fetched .*LocalEntryNotFoundError"),
         (lambda: errors.OfflineModeIsEnabled("no"), r"could not be fetched .*OfflineModeIsEnabled"),
         (lambda: OSError(28, "No space left on device"), r"could not be fetched .*OSError.*disk is full"),
+        (lambda: PermissionError(13, "no"), r"could not be fetched .*PermissionError.*cache cannot be written to"),
         (lambda: OSError("Consistency check failed"), r"could not be fetched .*OSError.*broke off"),
         (lambda: TimeoutError("no"), r"could not be fetched .*TimeoutError.*Check the connection"),
         (lambda: ConnectionResetError("no"), r"could not be fetched .*ConnectionResetError.*Check the connection"),
