@@ -20,6 +20,10 @@ _GGUF = ".gguf"
 def resolve(preset: str | os.PathLike, weights: bool = True) -> Path:
     """The folder of a preset, fetched first if it is not on this machine.
 
+    A name of the catalogue is looked for in the caches of all its sources; what is in none comes from Hugging Face, or
+    from Kaggle where credentials for that alone are known. A handle is asked for where it says, and where that is not
+    reached, what the cache has of it serves.
+
     Args:
         preset: a name of the catalogue; a handle `hf://owner/name`, `hf://owner/name@revision`,
             `kaggle://owner/model/keras/variation/version`, with or without the version, or `gs://bucket/folder`; a

@@ -260,6 +260,7 @@ def in_a_process(script: str, folder: Path, hugging_face: str, kaggle: str, **va
         [sys.executable, "-c", start + script],
         cwd=Path(__file__).resolve().parents[2],
         env={"PATH": "/usr/bin:/bin", **keras, **own, "HF_ENDPOINT": hugging_face, **variables},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import time
 from pathlib import Path
@@ -211,16 +212,18 @@ def test_two_processes_at_once_both_get_it_whole(both, tmp_path):
     for server in both:
         server.files["model.safetensors"] = b"weights" * 10**6
         server.delay = 0.2
-    handles = "hf://someone/model", "kaggle://someone/model/keras/variation/2"
-    script = f"for handle in {handles}: print(resolve(handle))"
-    processes = [in_a_process(script, tmp_path, both[0].url, both[1].url) for _ in range(2)]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    folders = [tmp_path / "hugging_face" / "models--someone--model" / "snapshots" / COMMIT,
-               tmp_path / "kaggle" / "models" / "someone" / "model" / "keras" / "variation" / "2"]  # fmt: skip
-    for output, _ in outputs:
-        assert [line for line in output.splitlines() if line.startswith(str(tmp_path))] == list(map(str, folders))
-    for server, folder in zip(both, folders, strict=True):
+    handles = "kaggle://someone/model/keras/variation/2", "hf://someone/model"
+    script = f"import kagglehub; print('ready', flush=True); input(); print(*[resolve(handle) for handle in {handles}])"
+    other = in_a_process(script, tmp_path, both[0].url, both[1].url)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "ready\n"
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        their_output = pool.submit(other.communicate, "\n", timeout=120)
+        folders = [resolve(handle) for handle in handles]
+    output, errors = their_output.result()
+    assert other.returncode == 0, errors
+    assert output.splitlines()[-1] == " ".join(map(str, folders))
+    for server, folder in zip(both, reversed(folders), strict=True):
         assert all((folder / name).read_bytes() == content for name, content in server.files.items())
-    # The second waited for the first, and found all there.
+    # One waited for the other, and found all there.
     assert sorted(both[1].downloads()) == sorted(both[1].files)
