@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gemma2_keras.checkpoints.catalogue import describe_preset, list_presets
+    from gemma2_keras.checkpoints.fitting import MemoryEstimate, estimate_memory
     from gemma2_keras.config import Gemma2Config
+    from gemma2_keras.errors import WontFit
     from gemma2_keras.models.gemma2_backbone import Gemma2Backbone
     from gemma2_keras.preprocessing.causal_lm_preprocessor import Gemma2CausalLMPreprocessor
     from gemma2_keras.preprocessing.tokenizer import Gemma2Tokenizer, IncrementalDecoder
@@ -39,6 +41,7 @@ _HOMES = {
     "Gemma2Config": "config",
     "Gemma2Tokenizer": "preprocessing.tokenizer",
     "IncrementalDecoder": "preprocessing.tokenizer",
+    "MemoryEstimate": "checkpoints.fitting",
     "NextTokenLoss": "tasks.next_token_loss",
     "RunCheckpoints": "training.checkpoints",
     "RunHistory": "training.history",
@@ -46,8 +49,10 @@ _HOMES = {
     "TokenDataset": "training.token_dataset",
     "TrainingHistory": "training.history",
     "TrainingProgress": "training.progress",
+    "WontFit": "errors",
     "adamw": "training.optimizers",
     "describe_preset": "checkpoints.catalogue",
+    "estimate_memory": "checkpoints.fitting",
     "fine_tune": "training.fine_tuning",
     "list_presets": "checkpoints.catalogue",
     "plot_history": "training.plotting",
@@ -65,6 +70,7 @@ __all__ = [
     "Gemma2Config",
     "Gemma2Tokenizer",
     "IncrementalDecoder",
+    "MemoryEstimate",
     "NextTokenLoss",
     "RunCheckpoints",
     "RunHistory",
@@ -72,8 +78,10 @@ __all__ = [
     "TokenDataset",
     "TrainingHistory",
     "TrainingProgress",
+    "WontFit",
     "adamw",
     "describe_preset",
+    "estimate_memory",
     "fine_tune",
     "list_presets",
     "plot_history",

@@ -143,8 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
 
     presets = commands.add_parser("presets", help="list the presets, or show one")
-    actions = presets.add_subparsers(required=True, metavar="ACTION")
-    actions.add_parser("list", help="every name, with its size").set_defaults(run=_list_presets)
+    presets.set_defaults(run=_list_presets)
+    actions = presets.add_subparsers(metavar="ACTION")
+    actions.add_parser("list", help="every name, with its size; as without an action")
     show = actions.add_parser("show", help="what is known of one")
     show.add_argument("name")
     show.set_defaults(run=_show_preset)
@@ -302,31 +303,28 @@ def _finetune(options: argparse.Namespace) -> None:
 
 def _list_presets(options: argparse.Namespace) -> None:
     from gemma2_keras import describe_preset, list_presets
+    from gemma2_keras.checkpoints.description import as_list
 
-    rows = [("name", "parameters", "weights", "description")]
-    for preset in map(describe_preset, list_presets()):
-        weights = "download, gated" if preset.needs_download else "included"
-        rows.append((preset.name, f"{preset.parameters:,}", weights, preset.description))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for name, parameters, weights, description in rows:
-        print(f"{name:<{widths[0]}}  {parameters:>{widths[1]}}  {weights:<{widths[2]}}  {description}")
+    _show(as_list([describe_preset(name) for name in list_presets()]))
 
 
 def _show_preset(options: argparse.Namespace) -> None:
     from gemma2_keras import describe_preset
 
-    preset = describe_preset(options.name)
-    source = f"hf://{preset.hugging_face}" if preset.needs_download else "included in this package"
-    lines: list[tuple[str, Any]] = [
-        ("name", preset.name),
-        ("description", preset.description),
-        ("parameters", f"{preset.parameters:,}"),
-        ("weights", source),
-        ("license", preset.license),
-        *preset.architecture.to_dict().items(),
-    ]
-    for name, value in lines:
-        print(f"{name:<28}{value}")
+    _show(describe_preset(options.name))
+
+
+def _show(page: Any) -> None:
+    """Print with colours and as wide as the terminal is; into a file or pipe, plainly and at most 80 columns wide."""
+    from rich.console import Console
+
+    from gemma2_keras.checkpoints.description import plain_text
+
+    console = Console()
+    if console.is_terminal:
+        console.print(page)
+    else:
+        print(plain_text(page))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Hyperparameters of Gemma 2, checked when they are made. Imports no Keras."""
+"""Hyperparameters of Gemma 2 and of PaliGemma 2's vision tower, checked when they are made. Imports no Keras."""
 
 from __future__ import annotations
 
@@ -101,6 +101,65 @@ class Gemma2Config:
         return dataclasses.asdict(self)
 
 
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """The numbers that fix the vision tower of PaliGemma 2, which turns an image into tokens.
+
+    Args:
+        image_size: pixels of a side of the image, a multiple of `patch_size`.
+        patch_size: pixels of a side of a patch; each becomes a token.
+        num_layers: encoder blocks.
+        num_heads: attention heads, a divisor of `hidden_dim`.
+        hidden_dim: width of the tower.
+        intermediate_dim: width of the feed-forward branch.
+
+    Raises:
+        ValueError: if a number is outside what is allowed; the message names it.
+
+    Example:
+
+    >>> vision = VisionConfig(224, patch_size=14, num_layers=27, num_heads=16, hidden_dim=1152, intermediate_dim=4304)
+    >>> vision.num_image_tokens, vision.parameter_count
+    (256, 412442352)
+
+    Source: SigLIP (https://arxiv.org/abs/2303.15343), So400m/14 as PaliGemma 2 (https://arxiv.org/abs/2412.03555) uses
+    it: biases everywhere, learned positions, a norm at the end, no pooling.
+    """
+
+    image_size: int
+    patch_size: int
+    num_layers: int
+    num_heads: int
+    hidden_dim: int
+    intermediate_dim: int
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _require(self, field.name, _is_whole(getattr(self, field.name)), "a whole number of at least 1")
+        for name, part in (("image_size", "patch_size"), ("hidden_dim", "num_heads")):
+            _require(self, name, getattr(self, name) % getattr(self, part) == 0, f"a multiple of `{part}`")
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens that an image becomes."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of weights of the tower, the projection to the text width not among them."""
+        width = self.hidden_dim
+        patches = 3 * self.patch_size**2 * width + width
+        attention = 4 * (width * width + width)
+        feed_forward = 2 * width * self.intermediate_dim + self.intermediate_dim + width
+        # Two norms in each block and one behind the last, a scale and an offset each.
+        norms = (2 * self.num_layers + 1) * 2 * width
+        return patches + self.num_image_tokens * width + self.num_layers * (attention + feed_forward) + norms
+
+    def projector_count(self, text_dim: int) -> int:
+        """Number of weights of the projection from the tower to a text model's width."""
+        return self.hidden_dim * text_dim + text_dim
+
+
 _WHOLE = (
     "vocabulary_size",
     "num_layers",
@@ -123,6 +182,6 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _require(config: Gemma2Config, name: str, holds: bool, allowed: str) -> None:
+def _require(config: Any, name: str, holds: bool, allowed: str) -> None:
     if not holds:
         raise ValueError(f"`{name}` must be {allowed}; given {getattr(config, name)!r}.")

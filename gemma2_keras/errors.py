@@ -18,6 +18,10 @@ class InputError(ValueError):
     """Text, token ids or generation limits that the model cannot take."""
 
 
+class WontFit(MemoryError):  # noqa: N818
+    """A model needs more memory than there is. Nothing was downloaded, and nothing allocated."""
+
+
 def nearest(name: str, names: Iterable[str], most: int = 3) -> str:
     """The entries of `names` most like `name`, as a clause for an error message.
 

@@ -55,7 +55,9 @@ def resolve(preset: str | os.PathLike, weights: bool = True) -> Path:
     if "://" in text:
         raise PresetError(f"Handle {text[:100]!r} is of a kind that is not read; allowed: {_HANDLES}.")
     if text in list_presets():
-        return _of_catalogue(describe_preset(text), weights)
+        entry = describe_preset(text)
+        entry.require_text_model()
+        return _of_catalogue(entry, weights)
     return _local(text)
 
 
@@ -63,7 +65,8 @@ def _of_catalogue(entry: Preset, weights: bool) -> Path:
     """What is on this machine already, from whichever source; else from the one that the user has an account with."""
     if entry.folder is not None:
         return entry.folder
-    on_hugging_face, on_kaggle = _handles(entry)
+    on_kaggle, revision = entry.kaggle, entry.hugging_face_revision
+    on_hugging_face = entry.hugging_face if revision is None else f"{entry.hugging_face}@{revision}"
     if on_hugging_face is not None and (folder := hugging_face.cached(on_hugging_face, weights)) is not None:
         return folder
     if on_kaggle is not None and (folder := kaggle.cached(on_kaggle, weights)) is not None:
@@ -77,12 +80,6 @@ def _of_catalogue(entry: Preset, weights: bool) -> Path:
             f"The weights of {entry.name} are missing from this installation: install gemma2-keras again."
         )
     return hugging_face.fetch(on_hugging_face, weights)
-
-
-def _handles(entry: Preset) -> tuple[str | None, str | None]:
-    revision = getattr(entry, "hugging_face_revision", None)
-    on_hugging_face = entry.hugging_face if revision is None else f"{entry.hugging_face}@{revision}"
-    return on_hugging_face, getattr(entry, "kaggle", None)
 
 
 def _local(text: str) -> Path:

@@ -16,8 +16,8 @@ import h5py
 import ml_dtypes
 import numpy as np
 
-from gemma2_keras.checkpoints.contents import Checkpoint
-from gemma2_keras.checkpoints.guard import read_json, some
+from gemma2_keras.checkpoints.contents import Checkpoint, shards_of
+from gemma2_keras.checkpoints.guard import read_json, shown, some
 from gemma2_keras.checkpoints.hdf5 import Hdf5File
 from gemma2_keras.checkpoints.names import weight_map
 from gemma2_keras.checkpoints.saving import write_json
@@ -311,7 +311,7 @@ def _arrays(folder: Path) -> dict[str, Hdf5File]:
     for group, shard in index.items():
         if not (isinstance(shard, str) and _SHARD.fullmatch(shard)):
             raise CheckpointError(
-                f"{folder / INDEX_FILE} names {_shown(shard)} as a file of weights; only model_*.weights.h5 are read."
+                f"{folder / INDEX_FILE} names {shown(shard)} as a file of weights; only model_*.weights.h5 are read."
             )
         promised.setdefault(folder / shard, set()).add(f"{group.removeprefix('/')}/0")
     file_of: dict[str, Hdf5File] = {}

@@ -13,6 +13,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from gemma2_keras import sizes
 from gemma2_keras.config import Gemma2Config
 from gemma2_keras.layers.cache import ChunkCache, StepCache, with_chunk
 from gemma2_keras.layers.lean import lean
@@ -20,36 +21,18 @@ from gemma2_keras.ops.cache import tokens_at_slots
 
 Cache = dict[str, Any]
 
-# Longest stretch of a prompt that runs at once: attention's scores then grow with the prompt, not with its square.
-CHUNK = 512
-# Slots of a ring beyond its window: so many tokens can be rolled back before one is lost that is still to be seen.
-SPARE = 64
+CHUNK = sizes.CHUNK
+SPARE = sizes.SPARE
 
 
 def slot_counts(config: Gemma2Config, length: int) -> list[int]:
     """Slots of each layer in a cache for rows of up to `length` tokens: a local layer needs a ring of its window."""
-    ring = min(length, config.sliding_window_size + SPARE)
-    return [ring if config.is_local(i) else length for i in range(config.num_layers)]
+    return sizes.slot_counts(config, length, SPARE)
 
 
 def cache_bytes(config: Gemma2Config, rows: int, length: int, dtype: str) -> int:
-    """Size of a cache, known before it is made.
-
-    Args:
-        config: the model's hyperparameters.
-        rows: rows B of the batch.
-        length: tokens that each row has room for.
-        dtype: of keys and values.
-
-    >>> from gemma2_keras.config import Gemma2Config
-    >>> config = Gemma2Config(vocabulary_size=256000, num_layers=26, num_query_heads=8, num_key_value_heads=4,
-    ...                       hidden_dim=2304, intermediate_dim=9216, head_dim=256)
-    >>> cache_bytes(config, rows=1, length=1000, dtype="bfloat16")
-    106496000
-    """
-    itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
-    pair = 2 * config.num_key_value_heads * config.head_dim * itemsize
-    return rows * pair * sum(slot_counts(config, length))
+    """Size of the cache of `rows` rows of up to `length` tokens, as `sizes.cache_bytes`."""
+    return sizes.cache_bytes(config, rows, length, dtype, SPARE)
 
 
 def empty_cache(backbone: Any, rows: int, length: int) -> Cache:

@@ -9,10 +9,10 @@ import numpy as np
 
 from gemma2_keras.generation import engine
 from gemma2_keras.generation.programs import Engine
-from gemma2_keras.generation.session import bucket
 from gemma2_keras.kernels import STATIC_SHAPES
 from gemma2_keras.ops.cross_entropy import tokens_at_once
 from gemma2_keras.ops.masks import PADDING
+from gemma2_keras.sizes import bucket
 
 _Tokens = Sequence[int] | np.ndarray
 

@@ -20,11 +20,10 @@ from gemma2_keras.generation.programs import Engine
 from gemma2_keras.generation.sampling import GREEDY, Sampling, adjusted, kept, noise
 from gemma2_keras.kernels import STATIC_SHAPES
 from gemma2_keras.ops.masks import PADDING
+from gemma2_keras.sizes import bucket
 
 # Tokens made between two looks of the caller: so many that what each look costs is not noticed.
 BURST = 8
-# Where shapes are compiled in, lengths are rounded up to powers of two, from this one on.
-_LEAST_LENGTH = 64
 # Most prompts that are run as one.
 _SEGMENTS = 64
 
@@ -360,11 +359,6 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
         if a != b:
             return i
     return min(len(one), len(other))
-
-
-def bucket(length: int) -> int:
-    """A length that is compiled for, not below this one."""
-    return max(_LEAST_LENGTH, 1 << (length - 1).bit_length())
 
 
 def _numpy(x: Any) -> np.ndarray:

@@ -12,6 +12,7 @@ from gemma2_keras.layers.embedding import TokenEmbedding
 from gemma2_keras.layers.norm import RMSNorm
 from gemma2_keras.models.adapters import Adaptable
 from gemma2_keras.models.inputs import check_token_inputs
+from gemma2_keras.models.known_presets import KnownPresets
 
 
 def _check_dtype(dtype) -> None:
@@ -66,6 +67,8 @@ class Gemma2Backbone(Adaptable, keras_hub.models.Backbone):
 
     Source: Gemma 2 (https://arxiv.org/abs/2408.00118).
     """
+
+    presets = KnownPresets()
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ import numpy as np
 
 from gemma2_keras.errors import InputError
 from gemma2_keras.models.gemma2_backbone import Gemma2Backbone
+from gemma2_keras.models.known_presets import KnownPresets
 from gemma2_keras.preprocessing.chat_template import encode_chat_example
 from gemma2_keras.preprocessing.inputs import is_graph_tensor, to_python
 from gemma2_keras.preprocessing.records import columns_of, is_tokenized, texts_of
@@ -63,6 +64,7 @@ class Gemma2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     backbone_cls = Gemma2Backbone
     tokenizer_cls = Gemma2Tokenizer
+    presets = KnownPresets()
 
     def __init__(self, tokenizer, sequence_length=1024, add_start_token=True, add_end_token=True, **kwargs) -> None:
         if not isinstance(sequence_length, int) or isinstance(sequence_length, bool) or sequence_length < 2:

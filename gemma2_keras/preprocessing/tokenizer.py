@@ -15,6 +15,7 @@ import sentencepiece
 
 from gemma2_keras.errors import InputError
 from gemma2_keras.models.gemma2_backbone import Gemma2Backbone
+from gemma2_keras.models.known_presets import KnownPresets
 from gemma2_keras.preprocessing.inputs import to_python
 
 VOCABULARY_FILE = "vocabulary.spm"
@@ -51,6 +52,7 @@ class Gemma2Tokenizer(keras_hub.tokenizers.Tokenizer):
     """
 
     backbone_cls = Gemma2Backbone
+    presets = KnownPresets()
 
     def __init__(self, proto: str | os.PathLike | bytes | None = None, parse_special: bool = False, **kwargs) -> None:
         kwargs.setdefault("dtype", "int32")

@@ -13,6 +13,7 @@ from gemma2_keras.checkpoints import presets as preset_files
 from gemma2_keras.errors import InputError
 from gemma2_keras.models.gemma2_backbone import Gemma2Backbone
 from gemma2_keras.models.inputs import check_graph_ids, check_ids, check_token_inputs, check_weights, is_traced
+from gemma2_keras.models.known_presets import KnownPresets
 from gemma2_keras.preprocessing.causal_lm_preprocessor import Gemma2CausalLMPreprocessor
 from gemma2_keras.preprocessing.inputs import is_graph_tensor
 from gemma2_keras.preprocessing.records import is_tokenized
@@ -53,6 +54,7 @@ class Gemma2CausalLM(AdapterTask, Exports, TokenTraining):
 
     backbone_cls = Gemma2Backbone
     preprocessor_cls = Gemma2CausalLMPreprocessor
+    presets = KnownPresets()
 
     def __init__(self, backbone, preprocessor=None, **kwargs) -> None:
         tokenizer = getattr(preprocessor, "tokenizer", None)
