@@ -39,7 +39,7 @@ def precision(dtype: Any) -> Precision:
     """
     name = str(getattr(dtype, "name", dtype))
     kept, compute = ("float32", name.removeprefix(_MIXED)) if name.startswith(_MIXED) else (name, name)
-    if compute not in _ITEM_BYTES or (kept != compute and compute == "float32"):
+    if compute not in _ITEM_BYTES or name == f"{_MIXED}float32":
         raise ValueError(
             f"`dtype` must be one of {', '.join(_ITEM_BYTES)}, mixed_bfloat16 and mixed_float16; given {name[:40]!r}."
         )
@@ -149,6 +149,11 @@ def prompt_bytes(config: Gemma2Config, tokens: int, keys: int, compute: int, sco
 _SCORES = 3
 
 
+# What a process has been measured to hold for each byte that the gradient needs: the backends' own intermediate results,
+# and gaps between tensors.
+_HELD = 1.5
+
+
 def training_bytes(
     config: Gemma2Config,
     rows: int,
@@ -195,7 +200,7 @@ def training_bytes(
     once = (2 * width + 3 * inner) * max(compute, 2)
     branches = attention + feed_forward
     kept = layers * 2 * width * compute + max(attention, feed_forward) if remat else layers * branches
-    return math.ceil(rows * length * (kept + once))
+    return math.ceil(_HELD * rows * length * (kept + once))
 
 
 def readable(size: float) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma2_keras import Gemma2CausalLM, __version__, list_presets
+from gemma2_keras import Gemma2CausalLM, WontFit, __version__, describe_preset, list_presets
 from gemma2_keras.cli import main
 from gemma2_keras.training import job
 from gemma2_keras.training.recipe import Recipe, read_settings, settings, to_yaml
@@ -135,15 +135,38 @@ def test_a_checkpoint_without_a_tokenizer_is_one_line(preset, capsys, tmp_path):
 
 
 @pytest.mark.once
-def test_every_preset_is_listed_and_shown(capsys):
-    assert main(["presets", "list"]) == 0
-    listed = capsys.readouterr().out.splitlines()[1:]
-    assert [line.split()[0] for line in listed] == list_presets()
+@pytest.mark.parametrize("action", [[], ["list"]])
+def test_every_preset_is_listed(capsys, action):
+    assert main(["presets", *action]) == 0
+    listed = capsys.readouterr().out
+    assert [line.split()[0] for line in listed.splitlines()[1:]] == list_presets()
+    assert "2,614,341,888" in listed
+    assert max(map(len, listed.splitlines())) <= 80
+    assert "\x1b" not in listed
+
+
+@pytest.mark.once
+def test_a_preset_is_shown(capsys):
     assert main(["presets", "show", "gemma2_2b_en"]) == 0
-    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert shown["parameters"] == "2,614,341,888"
-    assert shown["weights"] == "hf://google/gemma-2-2b"
-    assert shown["num_layers"] == "26"
+    assert capsys.readouterr().out == f"{describe_preset('gemma2_2b_en')}\n"
+
+
+@pytest.mark.once
+def test_a_terminal_shows_a_preset_in_colours(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert main(["presets", "show", "gemma2_2b_en"]) == 0
+    assert "\x1b[36m" in capsys.readouterr().out
+
+
+@pytest.mark.once
+def test_a_model_that_does_not_fit_is_one_line(capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise WontFit("The model needs 10.5 GB.")
+
+    monkeypatch.setattr(Gemma2CausalLM, "from_preset", refuse)
+    assert "The model needs 10.5 GB." in fails(capsys, "generate", "The cat")
 
 
 @pytest.mark.once
@@ -157,7 +180,6 @@ def test_an_unknown_preset_is_not_shown(capsys):
     [
         [],
         ["zebra"],
-        ["presets"],
         ["presets", "zebra"],
         ["presets", "show"],
         ["generate"],

@@ -44,3 +44,23 @@ def test_a_system_that_does_not_say_gives_nothing(monkeypatch):
     assert memory.available_bytes() is None
     monkeypatch.setitem(sys.modules, "resource", None)
     assert memory.peak_bytes() is None
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 1\ninactive_file 50\n"}, 350),
+        ({"memory.max": "1000", "memory.current": "1200", "memory.stat": "anon 1\n"}, 0),
+        ({"memory.max": "max", "memory.current": "700", "memory.stat": "inactive_file 50\n"}, None),
+        ({"memory.max": "1000"}, None),
+        ({}, None),
+    ],
+)
+def test_a_container_has_what_its_limit_leaves(monkeypatch, tmp_path, files, left):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    places = (str(tmp_path / "memory.max"), str(tmp_path / "memory.current"), "inactive_file")
+    monkeypatch.setattr(memory, "_LIMITS", (places,))
+    assert memory._left_to_container() == left
+    available = memory.available_bytes()
+    assert available == left if left is not None else available is None or available > 2**20

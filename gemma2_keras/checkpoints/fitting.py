@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import shlex
 import shutil
@@ -126,7 +127,8 @@ def estimate_memory(
     (5228683776, 6389760)
     """
     config, vision, usual = _described(name)
-    sizes = precision(keras.dtype_policies.get(dtype) if dtype is not None else usual)
+    dtype = usual if dtype is None else dtype
+    sizes = precision(dtype)
     for argument, value in (("batch", batch), ("context", config.context_length if context is None else context)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"`{argument}` must be a whole number of at least 1; given {value!r}.")
@@ -143,7 +145,7 @@ def estimate_memory(
         through = prompt_bytes(config, min(CHUNK, batch * room), room, sizes.compute, _makes_scores())
         return MemoryEstimate(
             **shared,
-            cache=cache_bytes(config, batch, room, usual if dtype is None else dtype),
+            cache=cache_bytes(config, batch, room, dtype),
             activations=through + copied * parts["embedding"],
             logits=2 * batch * config.vocabulary_size * 4,
         )
@@ -159,7 +161,9 @@ def estimate_memory(
     )
 
 
-def require_fit(config: Gemma2Config, dtype: Any, name: str | None = None, vision: VisionConfig | None = None) -> None:
+def require_fit(
+    config: Gemma2Config, dtype: Any = None, name: str | None = None, vision: VisionConfig | None = None
+) -> None:
     """See to it, before a model is downloaded or built, that its weights fit into the memory that is free.
 
     That is the memory of the GPU where the backend computes on one, and else the machine's or its container's. Nothing
@@ -168,7 +172,7 @@ def require_fit(config: Gemma2Config, dtype: Any, name: str | None = None, visio
 
     Args:
         config: the architecture.
-        dtype: a Keras dtype policy or its name, that the weights will get.
+        dtype: a Keras dtype policy or its name, that the weights will get; `None` is Keras' own.
         name: what the user asked for, if it is a preset's name.
         vision: of an image-text model.
 
@@ -183,10 +187,11 @@ def require_fit(config: Gemma2Config, dtype: Any, name: str | None = None, visio
     free, where = _free()
     if free is None:
         return
-    sizes = precision(keras.dtype_policies.get(dtype))
+    dtype = keras.config.dtype_policy() if dtype is None else dtype
+    sizes = precision(dtype)
     weights = sum(parameter_parts(config, vision).values()) * sizes.weight
     tokens = min(_SHORT, config.context_length)
-    needed = weights + cache_bytes(config, 1, tokens, sizes.compute) + 2 * config.vocabulary_size * 4
+    needed = weights + cache_bytes(config, 1, tokens, dtype) + 2 * config.vocabulary_size * 4
     if weights > free:
         raise WontFit(
             f"{_called(name)} needs {readable(weights)} for its weights in {_name(dtype)}, and {readable(free)} of the "
@@ -235,10 +240,11 @@ def _smaller(count: int, name: str | None, vision: VisionConfig | None, room: fl
         and preset.parameters * precision(preset.dtype).weight <= room
     ]
 
-    def likeness(preset: Preset) -> float:
-        return difflib.SequenceMatcher(None, preset.name, name or "").ratio()
+    def rank(preset: Preset) -> tuple[int, float]:
+        # Presets of one size may differ by some positions in the vision tower.
+        return round(math.log2(preset.parameters)), difflib.SequenceMatcher(None, preset.name, name or "").ratio()
 
-    return max(fitting, key=lambda preset: (preset.parameters, likeness(preset)), default=None)
+    return max(fitting, key=rank, default=None)
 
 
 def _described(name: Any) -> tuple[Gemma2Config, VisionConfig | None, str]:
