@@ -151,6 +151,8 @@ def estimate_memory(
         )
     trained = adapter * 4 if modules else shared["weights"]
     counts = {name: sum(m.endswith(name) for m in modules) for name in projection_shapes(config)} if modules else None
+    # On a CPU XLA joins what is computed again with what was computed before, and keeps it all.
+    remat = remat and (keras.backend.backend() != "jax" or _on_accelerator())
     kept = training_bytes(config, batch, length, sizes.compute, counts, _makes_scores(), remat)
     return MemoryEstimate(
         **shared,

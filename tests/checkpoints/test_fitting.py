@@ -64,7 +64,7 @@ def test_what_training_adapters_keeps_is_what_keras_keeps(options):
     adapters = [v for v in lm.backbone.weights if "lora_" in v.path]
     assert estimate.adapters == estimate.gradients == nbytes(adapters) == nbytes(lm.trainable_variables)
     assert estimate.weights == nbytes(lm.weights) - nbytes(adapters)
-    assert estimate.optimizer == nbytes(v for v in lm.optimizer.variables if v.shape)
+    assert estimate.optimizer == nbytes(v for v in lm.optimizer.variables if len(v.shape))
     assert estimate_memory(CONFIG, "bfloat16", adapters=options).adapters == estimate.adapters
 
 
@@ -75,7 +75,7 @@ def test_what_training_all_weights_keeps_is_what_keras_keeps(dtype):
     lm.optimizer.build(lm.trainable_variables)
     estimate = estimate_memory(CONFIG, dtype, train=True)
     assert estimate.gradients == estimate.weights == nbytes(lm.trainable_variables)
-    assert estimate.optimizer == nbytes(v for v in lm.optimizer.variables if v.shape)
+    assert estimate.optimizer == nbytes(v for v in lm.optimizer.variables if len(v.shape))
     assert estimate.adapters == estimate.cache == 0
 
 
@@ -107,14 +107,16 @@ def test_no_preset_needs_less_for_more(name, train):
         assert one.total < other.total
 
 
-@pytest.mark.once
 def test_training_costs_what_is_asked_for():
     options = {"dtype": "bfloat16", "batch": 2, "context": 2048}
     whole = estimate_memory("gemma2_2b_en", train=True, **options)
     lora = estimate_memory("gemma2_2b_en", train=True, adapters=8, **options)
     lean = estimate_memory("gemma2_2b_en", train=True, adapters=8, remat=True, **options)
-    assert whole.total > lora.total > lean.total > estimate_memory("gemma2_2b_en", **options).total
-    assert lean.activations < lora.activations / 5
+    assert whole.total > lora.total > estimate_memory("gemma2_2b_en", **options).total
+    if keras.backend.backend() == "jax" and not fitting._on_accelerator():
+        assert lean == lora
+    else:
+        assert lean.activations < lora.activations / 5
     everywhere = estimate_memory("gemma2_2b_en", train=True, adapters={"rank": 8, "targets": "all-linear"}, **options)
     assert everywhere.activations > lora.activations
     mixed = estimate_memory("gemma2_2b_en", "mixed_bfloat16", 2, 2048, train=True)
