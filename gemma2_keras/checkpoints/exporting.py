@@ -14,12 +14,11 @@ from gemma2_keras.checkpoints.fetching import OWN_FILE
 from gemma2_keras.checkpoints.gguf import write_gguf
 from gemma2_keras.checkpoints.hub import resolve
 from gemma2_keras.checkpoints.keras_hub import METADATA_FILE, write_keras_hub
-from gemma2_keras.checkpoints.names import weight_map
+from gemma2_keras.checkpoints.names import projections
 from gemma2_keras.checkpoints.presets import check_shard_size, is_ours, write_model, write_settings
 from gemma2_keras.checkpoints.saving import replacing_folder, write_json
 from gemma2_keras.checkpoints.stored import FORMAT, open_stored
 from gemma2_keras.checkpoints.tokenizer_files import write_tokenizer
-from gemma2_keras.config import Gemma2Config
 from gemma2_keras.layers.low_rank import merged
 from gemma2_keras.preprocessing.causal_lm_preprocessor import Gemma2CausalLMPreprocessor
 from gemma2_keras.preprocessing.tokenizer import Gemma2Tokenizer
@@ -177,16 +176,3 @@ def convert(
             export_keras_hub(target, contents, preprocessor, dtype=dtype)
         else:
             export_transformers(target, contents, preprocessor, dtype=dtype)
-
-
-def projections(config: Gemma2Config) -> dict[str, tuple[int, int]]:
-    """The (out, in) shape of every projection, by its module.
-
-    >>> projections(Gemma2Config(64, 1, 4, 2, 24, 40, 8))["model.layers.0.mlp.down_proj"]
-    (24, 40)
-    """
-    return {
-        name.removesuffix(".weight"): (weight.shape[0], weight.shape[1])
-        for name, weight in weight_map(config).items()
-        if weight.layer is not None and len(weight.shape) == 2
-    }

@@ -78,7 +78,13 @@ def file_inside(folder: Path, name: Any) -> Path:
     Raises:
         CheckpointError: if `name` is no plain file name, or a link that leads out of the folder.
     """
-    if not isinstance(name, str) or not name or name in (".", "..") or any(c in name for c in "/\\\0:"):
+    if (
+        not isinstance(name, str)
+        or not name
+        or name in (".", "..")
+        or any(c in name for c in "/\\:")
+        or not name.isprintable()
+    ):
         raise CheckpointError(f"{folder} names {shown(name)} as one of its files, which is no plain file name.")
     path = folder / name
     if path.is_symlink():

@@ -65,7 +65,8 @@ def _of_catalogue(entry: Preset, weights: bool) -> Path:
     """What is on this machine already, from whichever source; else from the one that the user has an account with."""
     if entry.folder is not None:
         return entry.folder
-    on_kaggle, revision = entry.kaggle, entry.hugging_face_revision
+    on_kaggle = None if entry.kaggle is None else entry.kaggle.removeprefix(kaggle.PREFIX)
+    revision = entry.hugging_face_revision
     on_hugging_face = entry.hugging_face if revision is None else f"{entry.hugging_face}@{revision}"
     if on_hugging_face is not None and (folder := hugging_face.cached(on_hugging_face, weights)) is not None:
         return folder

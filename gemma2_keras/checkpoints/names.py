@@ -95,3 +95,16 @@ def weight_map(config: Gemma2Config) -> dict[str, Weight]:
         )
         for name, layer, prefix, block, (owner, attribute, letters, gguf, group) in rows
     }
+
+
+def projections(config: Gemma2Config) -> dict[str, tuple[int, int]]:
+    """The (out, in) shape of every projection, by its module.
+
+    >>> projections(Gemma2Config(64, 1, 4, 2, 24, 40, 8))["model.layers.0.mlp.down_proj"]
+    (24, 40)
+    """
+    return {
+        name.removesuffix(".weight"): (weight.shape[0], weight.shape[1])
+        for name, weight in weight_map(config).items()
+        if weight.layer is not None and len(weight.shape) == 2
+    }

@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from gemma2_keras.checkpoints.catalogue import describe_preset, list_presets
 from gemma2_keras.checkpoints.contents import Checkpoint, LiveCheckpoint, WatchedCheckpoint, load_into
 from gemma2_keras.checkpoints.fetching import OWN_FILE
+from gemma2_keras.checkpoints.fitting import require_fit
 from gemma2_keras.checkpoints.hub import resolve
 from gemma2_keras.checkpoints.saving import replacing_folder, write_json
 from gemma2_keras.checkpoints.stored import (
@@ -35,14 +37,22 @@ def load_backbone(
     cls: type, preset: Any, *, load_weights: bool = True, dtype: Any = None, check_finite: bool = True
 ) -> Any:
     """Build `cls` for a preset and, if asked, fill it with the preset's weights."""
-    stored = open_stored(resolve(preset, weights=load_weights))
-    config = stored.config()
+    stored = open_stored(resolve(preset, weights=False))
+    name = preset if preset in list_presets() else None
+    kept = stored.dtype() if name is None else describe_preset(name).dtype
+    if dtype or kept:
+        # Before anything is downloaded.
+        require_fit(stored.config(), dtype or kept, name)
     if not load_weights:
-        return cls(**config.to_dict(), dtype=stored.dtype() or "float32" if dtype is None else dtype)
+        return cls(**stored.config().to_dict(), dtype=dtype or kept or "float32")
     # Read and checked whole before anything is allocated.
-    checkpoint = stored.checkpoint()
+    stored = open_stored(resolve(preset))
+    config, checkpoint = stored.config(), stored.checkpoint()
+    dtype = dtype or kept or checkpoint.dtype
+    if kept is None:
+        require_fit(config, dtype, name)
     with awaiting_weights():
-        backbone = cls(**config.to_dict(), dtype=stored.dtype() or checkpoint.dtype if dtype is None else dtype)
+        backbone = cls(**config.to_dict(), dtype=dtype)
     with WatchedCheckpoint(checkpoint, "Loading", check_finite) as watched:
         load_into(backbone, watched)
     return backbone

@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from gemma2_keras.checkpoints.adapters import read_adapter, write_adapter
+from gemma2_keras.checkpoints.names import projections
 from gemma2_keras.layers.linear import DEFAULT_ADAPTER
 
 if TYPE_CHECKING:
@@ -182,8 +183,7 @@ class AdapterTask(_Task):
         >>> model.adapters
         ['default', 'again']
         """
-        shapes = {module: tuple(layer.weight.shape) for module, layer in self.backbone.linear_layers().items()}
-        read_adapter(folder, shapes).add_to(self.backbone, name, trainable)
+        read_adapter(folder, projections(self.backbone.config)).add_to(self.backbone, name, trainable)
         self.notice_adapters()
 
     def remember_adapters(self) -> None:
