@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,7 +34,7 @@ class Server:
         cut: how many bytes of a file are sent before the connection breaks off, by name.
         cuts: how often that happens.
         swapped: the content that is sent for a file, whatever was announced.
-        delay: seconds before a file is sent.
+        gate: no file is sent before it is set.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
@@ -45,7 +44,8 @@ class Server:
         self.cut: dict[str, int] = {}
         self.cuts = 1
         self.swapped: dict[str, bytes] = {}
-        self.delay = 0.0
+        self.gate = threading.Event()
+        self.gate.set()
         self.url = ""
 
     def answer(self, request: Request) -> None:
@@ -57,7 +57,8 @@ class Server:
         raise NotImplementedError
 
     def send_file(self, request: Request, name: str, headers: Headers) -> None:
-        time.sleep(self.delay)
+        if request.command != "HEAD":
+            self.gate.wait(60)
         content = self.swapped.get(name, self.files[name])
         span = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
         start = int(span[1]) if span else 0

@@ -208,22 +208,25 @@ def test_the_libraries_read_what_the_user_sets(tmp_path):
     assert "HF_HUB_OFFLINE is set" in errors.strip().splitlines()[-1]
 
 
-def test_two_processes_at_once_both_get_it_whole(both, tmp_path):
-    for server in both:
-        server.files["model.safetensors"] = b"weights" * 10**6
-        server.delay = 0.2
-    handles = "kaggle://someone/model/keras/variation/2", "hf://someone/model"
-    script = f"import kagglehub; print('ready', flush=True); input(); print(*[resolve(handle) for handle in {handles}])"
-    other = in_a_process(script, tmp_path, both[0].url, both[1].url)
-    assert other.stdout is not None
-    assert other.stdout.readline() == "ready\n"
+@pytest.mark.parametrize(
+    ("source", "handle"), [(0, "hf://someone/model"), (1, "kaggle://someone/model/keras/variation/2")]
+)
+def test_two_processes_at_once_both_get_it_whole(both, tmp_path, source, handle):
+    server = both[source]
+    server.files["model.safetensors"] = b"weights" * 10**6
+    server.gate.clear()
+    other = in_a_process(f"print(resolve({handle!r}))", tmp_path, both[0].url, both[1].url)
+    # The other one is in the middle of its first file.
+    while not server.downloads() and other.poll() is None:
+        time.sleep(0.01)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        their_output = pool.submit(other.communicate, "\n", timeout=120)
-        folders = [resolve(handle) for handle in handles]
-    output, errors = their_output.result()
+        mine = pool.submit(resolve, handle)
+        time.sleep(0.5)
+        server.gate.set()
+        folder = mine.result(timeout=120)
+        output, errors = other.communicate(timeout=120)
     assert other.returncode == 0, errors
-    assert output.splitlines()[-1] == " ".join(map(str, folders))
-    for server, folder in zip(both, reversed(folders), strict=True):
-        assert all((folder / name).read_bytes() == content for name, content in server.files.items())
+    assert output.splitlines()[-1] == str(folder)
+    assert all((folder / name).read_bytes() == content for name, content in server.files.items())
     # One waited for the other, and found all there.
-    assert sorted(both[1].downloads()) == sorted(both[1].files)
+    assert sorted(server.downloads()) == sorted(server.files)
