@@ -180,6 +180,13 @@ def write_adapter(folder: str | os.PathLike, backbone: Any, name: Any) -> None:
         ValueError: if there is no such adapter.
         FileExistsError: if something else than a saved adapter stands at `folder`.
     """
+    files = (CONFIG_FILE, WEIGHTS_FILE)
+    with replacing_folder(folder, CONFIG_FILE, lambda file: file in (*files, _PICKLE_FILE), "adapter") as beside:
+        write_adapter_files(beside, backbone, name)
+
+
+def write_adapter_files(folder: Path, backbone: Any, name: Any) -> None:
+    """Write what `write_adapter` writes, into an existing folder."""
     specs, layers = backbone.adapter_specs(name), backbone.linear_layers()
     variables = {
         _tensor_name(module, part): variable
@@ -187,10 +194,8 @@ def write_adapter(folder: str | os.PathLike, backbone: Any, name: Any) -> None:
         for part, variable in layers[module].adapters[name].variables.items()
     }
     shapes = {key: tuple(variable.shape) for key, variable in variables.items()}
-    files = (CONFIG_FILE, WEIGHTS_FILE)
-    with replacing_folder(folder, CONFIG_FILE, lambda file: file in (*files, _PICKLE_FILE), "adapter") as beside:
-        write_json(beside / CONFIG_FILE, describe_config(specs, list(layers)))
-        write_tensors(beside / WEIGHTS_FILE, shapes, "float32", lambda key: array(stored(variables[key])))
+    write_json(folder / CONFIG_FILE, describe_config(specs, list(layers)))
+    write_tensors(folder / WEIGHTS_FILE, shapes, "float32", lambda key: array(stored(variables[key])))
 
 
 def _tensor_name(module: str, part: str) -> str:

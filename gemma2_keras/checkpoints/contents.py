@@ -194,7 +194,8 @@ def converted(value: np.ndarray, dtype: str) -> np.ndarray:
     if value.dtype == dtype:
         return value
     result = buffers.empty(value.shape, dtype)
-    pieces = max(1, min(len(value), value.size // _CONVERTED)) if value.ndim else 1
-    for source, place in zip(np.array_split(value, pieces), np.array_split(result, pieces), strict=True):
+    rows, places = np.atleast_1d(value), np.atleast_1d(result)
+    pieces = max(1, min(len(rows), value.size // _CONVERTED))
+    for source, place in zip(np.array_split(rows, pieces), np.array_split(places, pieces), strict=True):
         place[...] = source
     return result

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma2_keras.checkpoints.adapters import StoredAdapter, read_adapter, write_adapter
+from gemma2_keras.checkpoints.adapters import StoredAdapter, read_adapter, write_adapter_files
 from gemma2_keras.checkpoints.contents import Checkpoint, ConvertedCheckpoint, WatchedCheckpoint
 from gemma2_keras.checkpoints.fetching import OWN_FILE
 from gemma2_keras.checkpoints.gguf import write_gguf
@@ -83,7 +83,8 @@ def export_transformers(
             own |= write_settings(beside, preprocessor.tokenizer, preprocessor)
         write_json(beside / OWN_FILE, own)
         if adapted is not None:
-            write_adapter(beside / ADAPTER_FOLDER, *adapted)
+            (beside / ADAPTER_FOLDER).mkdir()
+            write_adapter_files(beside / ADAPTER_FOLDER, *adapted)
 
 
 def export_keras_hub(

@@ -192,14 +192,14 @@ def require_fit(
     dtype = keras.config.dtype_policy() if dtype is None else dtype
     sizes = precision(dtype)
     weights = sum(parameter_parts(config, vision).values()) * sizes.weight
-    tokens = min(_SHORT, config.context_length)
-    needed = weights + cache_bytes(config, 1, tokens, dtype) + 2 * config.vocabulary_size * 4
     if weights > free:
         raise WontFit(
             f"{_called(name)} needs {readable(weights)} for its weights in {_name(dtype)}, and {readable(free)} of the "
             f"memory of the {where} are free. {_instead(config, vision, sizes.weight, name, free)} {CHECK}=off tries "
             "all the same."
         )
+    tokens = min(_SHORT, config.context_length)
+    needed = weights + cache_bytes(config, 1, tokens, dtype) + 2 * config.vocabulary_size * 4
     if needed > (1 - _SPARE) * free:
         warnings.warn(
             f"{_called(name)} needs {readable(needed)} in {_name(dtype)} for its weights and a short conversation, and "

@@ -40,7 +40,7 @@ def load_backbone(
     stored = open_stored(resolve(preset, weights=False))
     name = preset if preset in list_presets() else None
     kept = stored.dtype() if name is None else describe_preset(name).dtype
-    if dtype or kept:
+    if (name is not None or "://" in str(preset)) and (dtype or kept):
         # Before anything is downloaded.
         require_fit(stored.config(), dtype or kept, name)
     if not load_weights:
@@ -49,8 +49,7 @@ def load_backbone(
     stored = open_stored(resolve(preset))
     config, checkpoint = stored.config(), stored.checkpoint()
     dtype = dtype or kept or checkpoint.dtype
-    if kept is None:
-        require_fit(config, dtype, name)
+    require_fit(config, dtype, name)
     with awaiting_weights():
         backbone = cls(**config.to_dict(), dtype=dtype)
     with WatchedCheckpoint(checkpoint, "Loading", check_finite) as watched:

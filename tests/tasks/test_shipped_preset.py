@@ -81,11 +81,14 @@ def test_it_is_saved_and_loaded_as_it_was(shipped, tmp_path):
 
 MODULES = [
     "checkpoints.catalogue",
+    "checkpoints.contents",
     "checkpoints.gguf",
     "checkpoints.gguf_architecture",
-    "checkpoints.gguf_container",
     "checkpoints.guard",
+    "checkpoints.hub",
+    "checkpoints.keras_hub",
     "checkpoints.names",
+    "checkpoints.tokenizer_files",
     "config",
     "errors",
     "generation.sampling",
@@ -99,6 +102,7 @@ MODULES = [
     "preprocessing.tokenizer",
     "tasks.adapters",
     "tasks.causal_lm",
+    "tasks.exports",
     "tasks.sources",
     "tasks.text_generation",
     "training.job",
