@@ -19,7 +19,13 @@ class InputError(ValueError):
 
 
 class WontFit(MemoryError):  # noqa: N818
-    """A model needs more memory than there is. Nothing was downloaded, and nothing allocated."""
+    """A model needs more memory than there is. Nothing was downloaded, and nothing allocated.
+
+    Example:
+
+    >>> issubclass(WontFit, MemoryError)
+    True
+    """
 
 
 def nearest(name: str, names: Iterable[str], most: int = 3) -> str:
