@@ -17,6 +17,8 @@ from gemma2_keras.errors import CheckpointError
 from gemma2_keras.kernels import array, buffers, fill, stored
 from gemma2_keras.layers.linear import Linear
 
+# Threads that look at numbers: few keep up with the memory.
+_THREADS = 2
 # Numbers looked at, or converted, at a time: as many as a processor's cache holds, and far more than a call costs.
 _LOOKED_AT, _CONVERTED = 2**19, 2**24
 # The smallest bit pattern that is no finite number, positive, of each dtype; with the sign in front, the negative one.
@@ -105,7 +107,7 @@ class WatchedCheckpoint:
         self.config = checkpoint.config
         self._checkpoint = checkpoint
         self._check_finite = check_finite
-        self._threads = ThreadPoolExecutor(2)
+        self._threads = ThreadPoolExecutor(_THREADS)
         hidden = False if type(sys.stdout).__module__ == "ipykernel.iostream" else None
         count = len(weight_map(self.config))
         self._bar = tqdm(desc=doing, total=count, unit=" tensors", leave=False, delay=1, disable=hidden)
@@ -181,12 +183,16 @@ def is_finite(value: np.ndarray, threads: ThreadPoolExecutor) -> bool:
     words = np.ascontiguousarray(value).reshape(-1).view(f"uint{bits}")
     infinity, sign = _INFINITY[value.dtype.name], 1 << (bits - 1)
 
-    def holds(start: int) -> bool:
-        # What is not finite comes behind all that is: of positive numbers read with a sign, of negative ones without.
-        part = words[start : start + _LOOKED_AT]
-        return bool(part.view(f"int{bits}").max() < infinity and part.max() < infinity + sign)
+    def holds(part: np.ndarray) -> bool:
+        for start in range(0, len(part), _LOOKED_AT):
+            block = part[start : start + _LOOKED_AT]
+            # What is not finite comes behind all that is: of positive numbers read with a sign, of negative ones
+            # without.
+            if block.view(f"int{bits}").max() >= infinity or block.max() >= infinity + sign:
+                return False
+        return True
 
-    return all(threads.map(holds, range(0, len(words), _LOOKED_AT)))
+    return all(threads.map(holds, np.array_split(words, _THREADS)))
 
 
 def converted(value: np.ndarray, dtype: str) -> np.ndarray:

@@ -170,6 +170,41 @@ class Gemma2Backbone(Adaptable, keras_hub.models.Backbone):
             backbone.restore_adapters(adapters)
         return backbone
 
+    @staticmethod
+    def get_layout_map(device_mesh, model_parallel_dim_name="model"):
+        """How `keras.distribution.ModelParallel` may spread the weights over devices, on JAX.
+
+        The table and the projections out of the model's width are cut by rows, those back into it by columns, so that
+        each device has some heads and some of the feed-forward's units; norms are on every device.
+
+        Args:
+            device_mesh: a `keras.distribution.DeviceMesh`.
+            model_parallel_dim_name: its axis to cut along.
+
+        Returns:
+            `keras.distribution.LayoutMap`.
+
+        Raises:
+            ValueError: if the mesh has no such axis.
+
+        Example:
+
+        >>> mesh = keras.distribution.DeviceMesh((1, 1), ["batch", "model"], keras.distribution.list_devices()[:1])
+        >>> layout = Gemma2Backbone.get_layout_map(mesh)
+        >>> tuple(layout["decoder_block_0/attention/q_proj/weight"].axes)
+        ('model', None)
+        """
+        if model_parallel_dim_name not in device_mesh.axis_names:
+            raise ValueError(
+                f"`model_parallel_dim_name` must be an axis of the mesh, one of {', '.join(device_mesh.axis_names)}; "
+                f"given {model_parallel_dim_name!r}."
+            )
+        layout_map = keras.distribution.LayoutMap(device_mesh)
+        layout_map["token_embedding/embeddings"] = (model_parallel_dim_name, None)
+        layout_map[r"decoder_block_\d+/.*/(q|k|v|gate|up)_proj/weight"] = (model_parallel_dim_name, None)
+        layout_map[r"decoder_block_\d+/.*/(o|down)_proj/weight"] = (None, model_parallel_dim_name)
+        return layout_map
+
     @classmethod
     def from_preset(cls, preset, load_weights=True, *, dtype=None, check_finite=True):
         """Load a backbone by preset name, handle or folder.

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import keras
@@ -161,3 +164,38 @@ def test_a_converted_checkpoint_has_one_dtype():
     checkpoint = ConvertedCheckpoint(LiveCheckpoint(tiny.backbone(num_layers=1)), "bfloat16")
     assert checkpoint.dtype == checkpoint.read(NORM).dtype == "bfloat16"
     assert ConvertedCheckpoint(LiveCheckpoint(tiny.backbone(num_layers=1)), None).dtype == "float32"
+
+
+SPREAD = """
+import keras
+from gemma2_keras import Gemma2Backbone, Gemma2CausalLM
+
+def generated():
+    model = Gemma2CausalLM.from_preset("gemma2_tiny_en")
+    return model, model.generate("The old captain", max_new_tokens=8)
+
+_, alone = generated()
+mesh = keras.distribution.DeviceMesh((1, 4), ["batch", "model"], keras.distribution.list_devices())
+layout = Gemma2Backbone.get_layout_map(mesh)
+keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch"))
+model, together = generated()
+assert together == alone
+for weight in model.backbone.weights:
+    parts = weight.value.addressable_shards
+    assert len(parts) == 4
+    share = 1 if "norm" in weight.path else 4
+    assert parts[0].data.size * share == weight.value.size, weight.path
+"""
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="Keras distributes weights on JAX alone.")
+def test_each_device_gets_its_part_of_the_weights():
+    flags = "--xla_force_host_platform_device_count=4"
+    done = subprocess.run(
+        [sys.executable, "-c", SPREAD],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -210,3 +210,13 @@ def test_pytorch_traces_the_model(backbone):
     traced = torch.export.export(backbone, (given,)).module()
     with torch.no_grad():
         np.testing.assert_allclose(traced(given).numpy(), outputs(backbone, inputs()), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layout_needs_the_axis_it_is_cut_along():
+    mesh = keras.distribution.DeviceMesh((1, 1), ["batch", "model"], ["cpu:0"])
+    assert tuple(Gemma2Backbone.get_layout_map(mesh)["decoder_block_3/feed_forward/down_proj/weight"].axes) == (
+        None,
+        "model",
+    )
+    with pytest.raises(ValueError, match=r"`model_parallel_dim_name` must be an axis .* batch, model; given 'x'"):
+        Gemma2Backbone.get_layout_map(mesh, "x")
