@@ -290,7 +290,8 @@ def empty(shape: Sequence[int], dtype: str) -> Any:
 
 def fill(variable: Any, numbers: np.ndarray) -> None:
     """Make a NumPy array of a Keras variable's shape and dtype its value, over the array's memory where that can be."""
-    variable.value.data = tensor(numbers)
+    # A matrix that a file has turned round is a view across its rows, and kernels read rows.
+    variable.value.data = tensor(np.ascontiguousarray(numbers))
 
 
 def stored(variable: Any) -> Any:

@@ -27,6 +27,14 @@ def test_parts_saved_into_one_folder_make_the_whole(model, tmp_path):
         np.testing.assert_array_equal(ops.convert_to_numpy(a), ops.convert_to_numpy(b))
 
 
+def test_a_folder_of_keras_hubs_format_generates_as_the_model_did(tmp_path):
+    # KerasHub keeps matrices turned round, and no length of the context but Gemma's.
+    model = tiny.causal_lm(num_layers=1, context_length=8192, query_pre_attention_scalar=8)
+    model.export_to_keras_hub(tmp_path / "hub")
+    again = Gemma2CausalLM.from_preset(tmp_path / "hub")
+    assert again.generate("The cat", max_new_tokens=5) == model.generate("The cat", max_new_tokens=5)
+
+
 def test_a_part_saved_anew_leaves_the_others(model, tmp_path):
     model.save_to_preset(tmp_path / "preset", max_shard_size=0.00001)
     Gemma2Tokenizer(model.preprocessor.tokenizer.proto, parse_special=True).save_to_preset(tmp_path / "preset")
