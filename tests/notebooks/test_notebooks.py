@@ -37,10 +37,22 @@ def test_fine_tuning_runs_and_improves_what_was_held_out(tmp_path):
     assert all(answer.endswith("Have a lovely day!") for answer, _ in answers)
 
 
+def test_exports_say_the_same_everywhere(tmp_path):
+    printed = run("03_presets_and_export", tmp_path)
+    theirs, ours = re.search(r"transformers: (.*)\n +ours: (.*)\n", printed).groups()
+    assert theirs == ours == "Aye, the cat sleeps in the boat, matey!"
+    quantised, broken = re.findall(r"^CheckpointError: (.*)$", printed, re.MULTILINE)
+    assert "Q8_0" in quantised
+    assert "truncated" in broken
+    for written in ("gguf/captain.gguf", "gguf-q8/Modelfile", "captain-keras-hub/task.json"):
+        assert (tmp_path / written).exists()
+    assert (tmp_path / "captain-bfloat16" / "config.json").exists()
+
+
 @pytest.mark.once
 def test_every_notebook_is_run():
     names = {path.stem for path in FOLDER.glob("*.ipynb")}
-    assert names == {"01_quickstart", "02_lora_fine_tuning"}
+    assert names == {"01_quickstart", "02_lora_fine_tuning", "03_presets_and_export"}
     for name in names:
         cells = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4).cells
         # The outputs that are kept are those of one run from the top.
