@@ -62,6 +62,8 @@ class Gemma2Config:
             object.__setattr__(self, "query_pre_attention_scalar", self.head_dim)
         for name in _WHOLE:
             _require(self, name, _is_whole(getattr(self, name)), "a whole number of at least 1")
+            most = _MOST_LAYERS if name == "num_layers" else _LARGEST
+            _require(self, name, getattr(self, name) <= most, f"at most {most}")
         for name in _POSITIVE:
             _require(self, name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "a number above 0")
         for name in ("attention_logit_soft_cap", "final_logit_soft_cap"):
@@ -172,6 +174,10 @@ _WHOLE = (
     "context_length",
 )
 _POSITIVE = ("query_pre_attention_scalar", "layer_norm_epsilon", "rope_max_wavelength")
+
+
+# No model has more layers, and floats count no further.
+_MOST_LAYERS, _LARGEST = 10_000, 2**53
 
 
 def _is_whole(value: object) -> bool:

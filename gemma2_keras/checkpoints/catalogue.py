@@ -112,10 +112,12 @@ def describe_preset(name: str) -> Preset:
     >>> describe_preset("gemma2_2b_en").parameters
     2614341888
     """
+    if not isinstance(name, str):
+        raise PresetError(f"`name` must be the name of a preset; given {type(name).__name__}.")
     presets = _catalogue()
     if name not in presets:
         raise PresetError(
-            f"There is no preset {name!r}. {nearest(name, presets)} "
+            f"There is no preset {name[:80]!r}. {nearest(name[:80], presets)} "
             "`gemma2_keras.list_presets()` has all names; a folder or a handle hf://owner/name is taken too."
         )
     return presets[name]

@@ -19,6 +19,7 @@ from gemma2_keras.checkpoints.presets import check_shard_size, is_ours, write_mo
 from gemma2_keras.checkpoints.saving import replacing_folder, write_json
 from gemma2_keras.checkpoints.stored import FORMAT, open_stored
 from gemma2_keras.checkpoints.tokenizer_files import write_tokenizer
+from gemma2_keras.config import Gemma2Config
 from gemma2_keras.layers.low_rank import merged
 from gemma2_keras.preprocessing.causal_lm_preprocessor import Gemma2CausalLMPreprocessor
 from gemma2_keras.preprocessing.tokenizer import Gemma2Tokenizer
@@ -75,6 +76,7 @@ def export_transformers(
     """
     _check_dtype(dtype, DTYPES)
     check_shard_size(max_shard_size)
+    _check_config(checkpoint.config)
     with replacing_folder(folder, OWN_FILE, lambda name: is_ours(name) or name == ADAPTER_FOLDER) as beside:
         own: dict[str, Any] = {"format": FORMAT}
         own |= write_model(beside, ConvertedCheckpoint(checkpoint, dtype), max_shard_size)
@@ -85,6 +87,21 @@ def export_transformers(
         if adapted is not None:
             (beside / ADAPTER_FOLDER).mkdir()
             write_adapter_files(beside / ADAPTER_FOLDER, *adapted)
+
+
+def _check_config(config: Gemma2Config) -> None:
+    """Refuse what transformers refuses to load, though it could compute it."""
+    scalar = config.query_pre_attention_scalar
+    if scalar is not None and not float(scalar).is_integer():
+        raise ValueError(
+            f"`query_pre_attention_scalar` is {scalar}; transformers takes whole numbers alone. "
+            "`save_to_preset` keeps it."
+        )
+    if config.hidden_dim % config.num_query_heads:
+        raise ValueError(
+            f"`hidden_dim` is {config.hidden_dim}, which transformers takes only as a multiple of `num_query_heads`, "
+            f"{config.num_query_heads}. `save_to_preset` keeps it."
+        )
 
 
 def export_keras_hub(

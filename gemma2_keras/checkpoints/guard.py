@@ -14,8 +14,11 @@ from gemma2_keras.errors import CheckpointError
 
 # Far above any honest configuration or index file.
 LARGEST_JSON = 64 * 2**20
+# Gemma's has 4 MB.
+LARGEST_VOCABULARY = 256 * 2**20
 # Names out of foreign files are cut there in messages.
 _LONGEST_NAME = 80
+_LONGEST_FILE_NAME = 255
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -78,21 +81,46 @@ def file_inside(folder: Path, name: Any) -> Path:
     Raises:
         CheckpointError: if `name` is no plain file name, or a link that leads out of the folder.
     """
-    if (
-        not isinstance(name, str)
-        or not name
-        or name in (".", "..")
-        or any(c in name for c in "/\\:")
-        or not name.isprintable()
-    ):
+    plain = isinstance(name, str) and name.isprintable() and name not in ("", ".", "..")
+    if not plain or len(name) > _LONGEST_FILE_NAME or any(c in name for c in "/\\:"):
         raise CheckpointError(f"{folder} names {shown(name)} as one of its files, which is no plain file name.")
+    return path_inside(folder, name)
+
+
+def path_inside(folder: Path, name: str) -> Path:
+    """The path of what lies in a folder or below it, if no link leads out.
+
+    Raises:
+        CheckpointError: if one does, or leads to itself.
+    """
     path = folder / name
-    if path.is_symlink():
-        # The cache of Hugging Face keeps the files of a repository beside its revisions, and links to them.
-        allowed = (folder, folder.parent.parent / "blobs") if folder.parent.name == "snapshots" else (folder,)
-        if not any(path.resolve().is_relative_to(place.resolve()) for place in allowed):
-            raise CheckpointError(f"{path} is a link that leads out of its folder: put the file itself there.")
+    # The cache of Hugging Face keeps the files of a repository beside its revisions, and links to them.
+    allowed = (folder, folder.parent.parent / "blobs") if folder.parent.name == "snapshots" else (folder,)
+    try:
+        inside = any(path.resolve().is_relative_to(place.resolve()) for place in allowed)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is a link that leads to itself: put the file there.") from error
+    if not inside:
+        raise CheckpointError(f"{path} is a link that leads out of its folder: put the file itself there.")
     return path
+
+
+def read_vocabulary(path: Path) -> bytes | None:
+    """The bytes of a SentencePiece model; `None` if there is no such file.
+
+    Raises:
+        CheckpointError: if it is no regular file, or larger than any vocabulary.
+    """
+    if not path.exists():
+        return None
+    try:
+        if not path.is_file():
+            raise OSError("no regular file")
+        if path.stat().st_size > LARGEST_VOCABULARY:
+            raise OSError(f"{path.stat().st_size} bytes, more than a vocabulary has")
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read as a SentencePiece model: {error}.") from error
 
 
 def shown(value: Any) -> str:
@@ -103,7 +131,10 @@ def shown(value: Any) -> str:
     """
     if isinstance(value, list | np.ndarray):
         return f"an array of {len(value)}"
-    text = repr(value.item() if isinstance(value, np.generic) else value)
+    try:
+        text = repr(value.item() if isinstance(value, np.generic) else value)
+    except RecursionError:
+        return "nested without end"
     return text if len(text) <= 64 else f"{text[:60]}…"
 
 

@@ -131,18 +131,19 @@ class Hdf5File:
         _check_apart(path, self.arrays)
 
     def read(self, name: str) -> np.ndarray:
-        """One array, a view of the file unless its place there is not aligned; writing to it does not reach the file.
+        """One array. Keras writes such files in place, so what is read must not change with them.
 
         Raises:
             CheckpointError: if the file has become shorter since it was checked.
         """
         array = self.arrays[name]
         try:
-            raw = np.memmap(self.path, np.uint8, "c", array.offset, (array.nbytes,))
+            raw = np.fromfile(self.path, np.uint8, array.nbytes, offset=array.offset)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path} has changed while it was read ({error}).") from error
-        values = np.asarray(raw).view(_numpy_dtype(array.dtype)).reshape(array.shape)
-        return np.require(values, requirements="A")
+        if len(raw) != array.nbytes:
+            raise CheckpointError(f"{self.path} has changed while it was read (it has become shorter).")
+        return raw.view(_numpy_dtype(array.dtype)).reshape(array.shape)
 
 
 def _numpy_dtype(name: str) -> np.dtype:

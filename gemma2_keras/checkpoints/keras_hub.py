@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from gemma2_keras.checkpoints.contents import Checkpoint, shards_of
-from gemma2_keras.checkpoints.guard import read_json, shown, some
+from gemma2_keras.checkpoints.guard import path_inside, read_json, shown, some
 from gemma2_keras.checkpoints.hdf5 import Hdf5File
 from gemma2_keras.checkpoints.names import weight_map
 from gemma2_keras.checkpoints.saving import write_json
@@ -201,11 +201,12 @@ def find_vocabulary(folder: Path) -> Path | None:
     Raises:
         CheckpointError: if the folder describes another tokenizer than Gemma's, or one that adds tokens itself.
     """
-    if (folder / TOKENIZER_FILE).exists():
-        _check_tokenizer(read_json(folder / TOKENIZER_FILE), TOKENIZER_FILE)
-        if not (folder / VOCABULARY_FILE).is_file():
+    description, vocabulary = path_inside(folder, TOKENIZER_FILE), path_inside(folder, VOCABULARY_FILE)
+    if description.exists():
+        _check_tokenizer(read_json(description), TOKENIZER_FILE)
+        if not vocabulary.exists():
             raise CheckpointError(f"{folder} has a {TOKENIZER_FILE} and no {VOCABULARY_FILE}.")
-    return folder / VOCABULARY_FILE if (folder / VOCABULARY_FILE).is_file() else None
+    return vocabulary if vocabulary.exists() else None
 
 
 def _check_tokenizer(value: Any, file: str) -> None:
@@ -225,9 +226,10 @@ def read_preprocessor(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if the folder describes another preprocessor than that of Gemma's causal language model.
     """
-    if not (folder / PREPROCESSOR_FILE).exists():
+    path = path_inside(folder, PREPROCESSOR_FILE)
+    if not path.exists():
         return {}
-    settings = _settings(read_json(folder / PREPROCESSOR_FILE), "GemmaCausalLMPreprocessor", PREPROCESSOR_FILE)
+    settings = _settings(read_json(path), "GemmaCausalLMPreprocessor", PREPROCESSOR_FILE)
     types = {"sequence_length": int, "add_start_token": bool, "add_end_token": bool}
     _refuse_unknown(settings, {*types, *_HARMLESS, "tokenizer", "config_file"}, PREPROCESSOR_FILE)
     if settings.get("tokenizer") is not None:
@@ -257,7 +259,7 @@ class KerasHubCheckpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.config = parse_config(read_json(folder / CONFIG_FILE))
+        self.config = parse_config(read_json(path_inside(folder, CONFIG_FILE)))
         self._file_of = _arrays(folder)
         if self.config.num_layers > len(self._file_of):
             raise CheckpointError(
@@ -299,12 +301,13 @@ def _path(group: str) -> str:
 
 def _arrays(folder: Path) -> dict[str, Hdf5File]:
     """Where each array is, the files checked against the index if there is one."""
-    if (folder / WEIGHTS_FILE).exists():
-        file = Hdf5File(folder / WEIGHTS_FILE)
+    single, index_path = path_inside(folder, WEIGHTS_FILE), path_inside(folder, INDEX_FILE)
+    if single.exists():
+        file = Hdf5File(single)
         return dict.fromkeys(file.arrays, file)
-    if not (folder / INDEX_FILE).exists():
+    if not index_path.exists():
         raise CheckpointError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}: there are no weights to load.")
-    index = read_json(folder / INDEX_FILE).get("weight_map")
+    index = read_json(index_path).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise CheckpointError(f"{folder / INDEX_FILE} has no `weight_map`.")
     promised: dict[Path, set[str]] = {}
@@ -313,7 +316,7 @@ def _arrays(folder: Path) -> dict[str, Hdf5File]:
             raise CheckpointError(
                 f"{folder / INDEX_FILE} names {shown(shard)} as a file of weights; only model_*.weights.h5 are read."
             )
-        promised.setdefault(folder / shard, set()).add(f"{group.removeprefix('/')}/0")
+        promised.setdefault(path_inside(folder, shard), set()).add(f"{group.removeprefix('/')}/0")
     file_of: dict[str, Hdf5File] = {}
     for path, names in promised.items():
         file = Hdf5File(path)

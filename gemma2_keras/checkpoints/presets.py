@@ -37,24 +37,39 @@ def load_backbone(
     cls: type, preset: Any, *, load_weights: bool = True, dtype: Any = None, check_finite: bool = True
 ) -> Any:
     """Build `cls` for a preset and, if asked, fill it with the preset's weights."""
+    require_room(preset, dtype)
     stored = open_stored(resolve(preset, weights=False))
     name = preset if preset in list_presets() else None
     kept = stored.dtype() if name is None else describe_preset(name).dtype
-    if (name is not None or "://" in str(preset)) and (dtype or kept):
-        # Before anything is downloaded.
-        require_fit(stored.config(), dtype or kept, name)
+    if "://" in str(preset) and (dtype or kept):
+        # Before the weights are downloaded.
+        require_fit(stored.config(), dtype or kept)
     if not load_weights:
         return cls(**stored.config().to_dict(), dtype=dtype or kept or "float32")
     # Read and checked whole before anything is allocated.
     stored = open_stored(resolve(preset))
     config, checkpoint = stored.config(), stored.checkpoint()
     dtype = dtype or kept or checkpoint.dtype
-    require_fit(config, dtype, name)
+    if name is None:
+        require_fit(config, dtype)
     with awaiting_weights():
         backbone = cls(**config.to_dict(), dtype=dtype)
     with WatchedCheckpoint(checkpoint, "Loading", check_finite) as watched:
         load_into(backbone, watched)
     return backbone
+
+
+def require_room(preset: Any, dtype: Any = None) -> None:
+    """See to it, before anything of a preset known by name is fetched, that memory can hold it.
+
+    Raises:
+        WontFit: if it cannot.
+        PresetError: if it is no text model.
+    """
+    if isinstance(preset, str) and preset in list_presets():
+        entry = describe_preset(preset)
+        entry.require_text_model()
+        require_fit(entry.architecture, dtype or entry.dtype, preset)
 
 
 def inspect_checkpoint(preset: Any) -> tuple[Gemma2Config, str]:
@@ -86,7 +101,13 @@ def load_preprocessor(cls: type, preset: Any, **kwargs: Any) -> Any:
     """Make `cls` with a preset's tokenizer and settings."""
     folder = resolve(preset, weights=False)
     settings = open_stored(folder).settings("preprocessor")
-    return cls(load_tokenizer(cls.tokenizer_cls, folder), **{**settings, **kwargs})
+    tokenizer = load_tokenizer(cls.tokenizer_cls, folder)
+    try:
+        return cls(tokenizer, **{**settings, **kwargs})
+    except ValueError as error:
+        if kwargs:
+            raise
+        raise CheckpointError(f"{folder} describes no preprocessor: {error}") from error
 
 
 def has_tokenizer(preset: Any) -> bool:

@@ -10,7 +10,7 @@ from gemma2_keras.checkpoints import keras_hub
 from gemma2_keras.checkpoints.contents import Checkpoint
 from gemma2_keras.checkpoints.fetching import OWN_FILE
 from gemma2_keras.checkpoints.gguf import GgufCheckpoint
-from gemma2_keras.checkpoints.guard import file_inside, read_json, shown
+from gemma2_keras.checkpoints.guard import file_inside, read_json, read_vocabulary, shown, some
 from gemma2_keras.checkpoints.keras_hub import KerasHubCheckpoint
 from gemma2_keras.checkpoints.transformers import CONFIG_FILE, TOKENIZER_FILE, SafetensorsCheckpoint, parse_config
 from gemma2_keras.config import Gemma2Config
@@ -88,8 +88,7 @@ class _Folder:
         return SafetensorsCheckpoint(self._folder, self.config())
 
     def proto(self) -> bytes | None:
-        path = file_inside(self._folder, TOKENIZER_FILE)
-        return path.read_bytes() if path.is_file() else None
+        return read_vocabulary(file_inside(self._folder, TOKENIZER_FILE))
 
     def settings(self, part: str) -> dict[str, Any]:
         return own_settings(self._folder).get(part, {})
@@ -112,7 +111,7 @@ class _KerasHubPreset:
 
     def proto(self) -> bytes | None:
         path = keras_hub.find_vocabulary(self._folder)
-        return None if path is None else path.read_bytes()
+        return None if path is None else read_vocabulary(path)
 
     def settings(self, part: str) -> dict[str, Any]:
         return keras_hub.read_preprocessor(self._folder) if part == "preprocessor" else {}
@@ -166,5 +165,5 @@ def own_settings(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"`dropout` in {path} must be at least 0 and below 1; it is {shown(dropout)}.")
     unknown = set(own) - {"format", "dropout", *_PARTS}
     if unknown:
-        raise CheckpointError(f"{path} has unknown keys: {sorted(unknown)[:5]}.")
+        raise CheckpointError(f"{path} has unknown keys: {some(unknown)}.")
     return own

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gemma2_keras.checkpoints.contents import Checkpoint, shards_of
-from gemma2_keras.checkpoints.guard import file_inside, read_json, some
+from gemma2_keras.checkpoints.guard import file_inside, read_json, shown, some
 from gemma2_keras.checkpoints.names import weight_map
 from gemma2_keras.checkpoints.saving import write_json
 from gemma2_keras.checkpoints.tensor_files import TensorFile, write_tensors
@@ -89,18 +89,20 @@ def parse_config(config: dict[str, Any]) -> Gemma2Config:
     """
     if config.get("model_type") != "gemma2":
         raise CheckpointError(
-            f'The checkpoint\'s `model_type` is {config.get("model_type")!r}; only "gemma2" is read here.'
+            f'The checkpoint\'s `model_type` is {shown(config.get("model_type"))}; only "gemma2" is read here.'
         )
     for key, allowed in _FIXED.items():
         if key in config and config[key] not in allowed:
-            raise CheckpointError(f"`{key}` is {config[key]!r}, which is not implemented; allowed: {_either(allowed)}.")
+            raise CheckpointError(
+                f"`{key}` is {shown(config[key])}, which is not implemented; allowed: {_either(allowed)}."
+            )
     missing = [key for key in _ARCHITECTURE if key not in config]
     if missing:
         raise CheckpointError(f"The configuration lacks `{'`, `'.join(missing)}`.")
     unknown = sorted(set(config) - {*_ARCHITECTURE, *_FIXED, *_HARMLESS, *_ROPE_KEYS, "layer_types"})
     if unknown:
         raise CheckpointError(
-            f"The configuration has `{'`, `'.join(unknown)}`, unknown here: it could change what the model computes. "
+            f"The configuration has {some(unknown)}, unknown here: it could change what the model computes. "
             "If you know that it does not, remove it from config.json."
         )
     hyperparameters = {ours: config[theirs] for theirs, ours in _ARCHITECTURE.items()}
@@ -128,10 +130,10 @@ def _rope_base(config: dict[str, Any]) -> Any:
     if rope is None:
         return config.get("rope_theta", 10_000.0)
     if not isinstance(rope, dict) or set(rope) - {"rope_theta", "rope_type"} or rope.get("rope_type") != "default":
-        raise CheckpointError(f'`rope_parameters` is {rope!r}; only `rope_type` "default" is implemented.')
+        raise CheckpointError(f'`rope_parameters` is {shown(rope)}; only `rope_type` "default" is implemented.')
     base = rope.get("rope_theta", 10_000.0)
     if config.get("rope_theta", base) != base:
-        raise CheckpointError(f"`rope_theta` is {config['rope_theta']!r} and {base!r} in one configuration.")
+        raise CheckpointError(f"`rope_theta` is {shown(config['rope_theta'])} and {shown(base)} in one configuration.")
     return base
 
 

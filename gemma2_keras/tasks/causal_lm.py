@@ -96,8 +96,11 @@ class Gemma2CausalLM(AdapterTask, Exports, TokenTraining):
             PresetError: if the name leads nowhere; the message has the nearest names.
             CheckpointError: if the files are not a whole Gemma 2 checkpoint.
         """
-        if "preprocessor" not in kwargs and preset_files.has_tokenizer(preset):
-            kwargs["preprocessor"] = cls.preprocessor_cls.from_preset(preset)
+        preset_files.require_room(preset, dtype)
+        if "preprocessor" not in kwargs:
+            folder = preset_files.resolve(preset, weights=False)
+            if preset_files.has_tokenizer(folder):
+                kwargs["preprocessor"] = cls.preprocessor_cls.from_preset(folder)
         backbone = cls.backbone_cls.from_preset(preset, load_weights, dtype=dtype, check_finite=check_finite)
         return cls(backbone, **kwargs)
 

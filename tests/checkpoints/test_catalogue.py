@@ -204,6 +204,12 @@ def test_an_unknown_name_brings_the_nearest(name, near):
         describe_preset(name)
 
 
+@pytest.mark.parametrize("name", [None, 5, [], b"gemma2_2b_en"])
+def test_what_is_no_name_is_told(name):
+    with pytest.raises(PresetError, match=f"`name` must be the name of a preset; given {type(name).__name__}"):
+        describe_preset(name)
+
+
 def test_a_name_like_none_says_so():
     with pytest.raises(PresetError, match=r"No name is like it.*list_presets"):
         describe_preset("zzzz")

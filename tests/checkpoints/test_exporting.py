@@ -209,3 +209,20 @@ def test_damage_that_is_found_half_way_leaves_the_earlier_result(tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
     convert(tmp_path / "bad", tmp_path / "out", "keras-hub", check_finite=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "good", "out"]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"query_pre_attention_scalar": 7.5}, "`query_pre_attention_scalar` is 7.5; transformers takes whole numbers"),
+        ({"hidden_dim": 26}, "`hidden_dim` is 26, which transformers takes only as a multiple of `num_query_heads`, 4"),
+    ],
+)
+def test_what_transformers_would_not_load_is_not_written_for_it(tmp_path, sizes, message):
+    model = tiny.causal_lm(num_layers=1, **sizes)
+    with pytest.raises(ValueError, match=message):
+        model.export_to_transformers(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    model.save_to_preset(tmp_path / "out")
+    assert contents(Gemma2CausalLM.from_preset(tmp_path / "out")) == contents(model)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 
@@ -11,7 +12,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from gemma2_keras import Gemma2Backbone, Gemma2CausalLM, Gemma2CausalLMPreprocessor, Gemma2Tokenizer
-from gemma2_keras.errors import CheckpointError
+from gemma2_keras.errors import CheckpointError, PresetError
 from tests.preprocessing import tiny
 
 pytestmark = pytest.mark.once
@@ -269,7 +270,7 @@ def test_another_kind_of_model(change, refused, model_type):
         ("pruned_heads", {"0": [1]}, "`pruned_heads` is"),
         ("is_encoder_decoder", True, "`is_encoder_decoder` is True"),
         ("add_cross_attention", True, "`add_cross_attention` is True"),
-        ("moe_experts", 8, "has `moe_experts`, unknown here: it could change what the model computes"),
+        ("moe_experts", 8, "has 'moe_experts', unknown here: it could change what the model computes"),
         ("dtype", "float64", "`dtype` is 'float64'; allowed: float32, bfloat16, float16"),
         ("dtype", "int8", "`dtype` is 'int8'"),
         ("dtype", 5, "`dtype` is 5"),
@@ -330,12 +331,43 @@ def test_a_number_that_is_not_finite(folder, refused, value):
 )
 def test_a_size_beyond_all_memory_is_found_before_anything_is_allocated(change, refused, key, message, number):
     change(**{key: number, "layer_types": ...})
-    refused(message)
+    refused(f"{message}|describes no Gemma 2 model: `[a-z_]+` must be at most")
 
 
-def test_more_layers_than_any_list_holds(change, refused):
+@pytest.mark.parametrize("load_weights", [False, True])
+def test_more_layers_than_any_list_holds(change, refused, load_weights):
     change(num_hidden_layers=10**12)
-    refused("`layer_types` must alternate")
+    refused("`num_layers` must be at most 10000; given 1000000000000", load_weights=load_weights)
+    change(num_hidden_layers=9999)
+    refused("`layer_types` must alternate", load_weights=load_weights)
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "model_type", "rope_parameters", "unknown" * 1000])
+def test_a_message_does_not_repeat_what_a_file_has_without_end(change, folder, key):
+    change(**{key: "q" * 10**5})
+    with pytest.raises(CheckpointError) as caught:
+        Gemma2CausalLM.from_preset(folder)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "gemma2_keras.json", "tokenizer.model"])
+def test_a_link_to_itself(folder, name):
+    (folder / name).unlink()
+    (folder / name).symlink_to(name)
+    with pytest.raises((CheckpointError, PresetError), match=name):
+        Gemma2CausalLM.from_preset(folder)
+
+
+@pytest.mark.parametrize("kind", ["folder", "huge"])
+def test_a_vocabulary_that_is_none_is_not_passed_over(folder, kind):
+    path = folder / "tokenizer.model"
+    if kind == "folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        os.truncate(path, 2**30)
+    with pytest.raises(CheckpointError, match="tokenizer.model cannot be read as a SentencePiece model"):
+        Gemma2CausalLM.from_preset(folder)
 
 
 @pytest.mark.parametrize(
