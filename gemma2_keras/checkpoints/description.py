@@ -96,7 +96,10 @@ def as_list(presets: Sequence[Preset]) -> Any:
 def plain_text(page: Any) -> str:
     """What `rich` would print, without colours and at most 80 columns wide."""
     written = io.StringIO()
-    console = Console(file=written, width=WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
+    # In a notebook it would show there what is printed, and write nothing.
+    console = Console(
+        file=written, width=WIDTH, color_system=None, force_terminal=False, force_jupyter=False, legacy_windows=False
+    )
     console.print(page)
     return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
 

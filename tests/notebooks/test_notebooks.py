@@ -18,6 +18,9 @@ def run(name, folder):
     # The kernel inherits KERAS_BACKEND, and writes into its own folder.
     nbclient.NotebookClient(content, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
     outputs = [output for cell in content.cells for output in cell.get("outputs", ())]
+    # A value is shown once, and has a text for where there is no HTML.
+    assert not [output for output in outputs if output.output_type == "display_data"]
+    assert all(output.data["text/plain"] for output in outputs if output.output_type == "execute_result")
     return "".join(output.text for output in outputs if output.output_type == "stream")
 
 
