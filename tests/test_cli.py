@@ -435,3 +435,28 @@ def test_closed_streams_are_no_fault(preset, closed, words, status):
     assert "Traceback" not in ended.stderr
     if status:
         assert "standard input is empty or closed" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("to", "out", "dtype"),
+    [("transformers", "out", "bfloat16"), ("keras-hub", "out", None), ("gguf", "x.gguf", "q8_0")],
+)
+def test_convert_writes_what_was_asked_for(tmp_path, capsys, to, out, dtype):
+    options = [] if dtype is None else ["--dtype", dtype]
+    assert main(["convert", "gemma2_tiny_en", str(tmp_path / out), "--to", to, *options]) == 0
+    output = capsys.readouterr()
+    assert output.out == f"{tmp_path / out}\n"
+    # What the other program would compute otherwise is a line, too.
+    assert ("gemma2-keras: warning: " in output.err) == (to != "transformers")
+    assert ".py" not in output.err
+    if dtype != "q8_0":
+        assert Gemma2CausalLM.from_preset(tmp_path / out).backbone.dtype_policy.name == (dtype or "float32")
+
+
+def test_convert_says_what_is_wrong_in_one_line(tmp_path, capsys):
+    arguments = ["convert", "gemma2_tiny_en", str(tmp_path / "out"), "--to", "keras-hub", "--dtype", "q8_0"]
+    assert main(arguments) == 1
+    assert capsys.readouterr().err.startswith("gemma2-keras: `dtype` must be float32, bfloat16, float16")
+    assert main(["convert", str(tmp_path / "absent"), str(tmp_path / "out"), "--to", "gguf"]) == 1
+    assert "There is no folder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -99,7 +99,8 @@ class Exports:
 
         Args:
             path: of the file. An earlier GGUF file there is replaced, and stays as it was if writing fails.
-            dtype: `"float32"`, `"float16"`, `"bfloat16"` or `"q8_0"`; `None` keeps that of the weights.
+            dtype: `"float32"`, `"float16"`, `"bfloat16"` or `"q8_0"`, which `from_preset` does not read; `None` keeps
+                that of the weights.
 
         Raises:
             FileExistsError: if something else than a GGUF file stands there, or another's `Modelfile` beside it.

@@ -361,7 +361,7 @@ def test_a_missing_setting(folder, change, key):
         ({"num_layers": True}, "`num_layers` must be a whole number"),
         ({"num_layers": 0}, "`num_layers` must be a whole number of at least 1"),
         ({"num_layers": None}, "`num_layers` must be a whole number"),
-        ({"num_layers": 10**9}, "has 35 tensors, too few for the 1000000000 layers"),
+        ({"num_layers": 10**9}, "`num_layers` must be at most 10000; given 1000000000"),
         ({"num_layers": 10**12}, "`num_layers` must be a number of at most 2147483647"),
         ({"num_key_value_heads": 3}, "`num_query_heads` must be a multiple"),
         ({"head_dim": 7}, "`head_dim` must be even"),

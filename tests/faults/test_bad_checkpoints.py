@@ -366,7 +366,7 @@ def test_a_vocabulary_that_is_none_is_not_passed_over(folder, kind):
         path.mkdir()
     else:
         os.truncate(path, 2**30)
-    with pytest.raises(CheckpointError, match="tokenizer.model cannot be read as a SentencePiece model"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model cannot be read as a SentencePiece model"):
         Gemma2CausalLM.from_preset(folder)
 
 
@@ -478,7 +478,7 @@ def test_no_soft_caps_are_a_model_too(folder, change):
         ("[]", "holds a list"),
         ("{}", "has format None; this version reads 1"),
         ('{"format": 2}', "has format 2; this version reads 1"),
-        ('{"format": 1, "adapters": {}}', r"unknown keys: \['adapters'\]"),
+        ('{"format": 1, "adapters": {}}', r"unknown keys: 'adapters'"),
         ('{"format": 1, "tokenizer": {"proto": "/etc/passwd"}}', r"`tokenizer` in .* keys among \['parse_special'\]"),
         ('{"format": 1, "preprocessor": []}', "`preprocessor` in .* must be an object"),
         ('{"format": 1, "dropout": 1.5}', "`dropout` in .*gemma2_keras.json must be at least 0"),
