@@ -276,6 +276,7 @@ def _warnings_in_a_line() -> Iterator[None]:
         print(f"gemma2-keras: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
     with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
         warnings.showwarning = show
         yield
 
