@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import tempfile
 
 import pytest
 
 from tools.bench import report, worker
 from tools.bench.contenders import CONTENDERS
+from tools.bench.loaders import LOADERS
 from tools.bench.shapes import CALLS, RAGGED, SHAPES, prompts
 from tools.bench.table import ROWS
 from tools.bench.trainers import TRAINERS
@@ -23,7 +25,7 @@ def test_goals_are_about_contenders_of_their_row():
     for row in ROWS:
         labels = [contender.label for contender in row.contenders]
         assert len(labels) == len(set(labels))
-        known = TRAINERS if row.arguments[0] == "train" else CONTENDERS
+        known = {"train": TRAINERS, "load": LOADERS}.get(row.arguments[0], CONTENDERS)
         assert all(contender.name in known for contender in row.contenders)
         source = next(other for other in ROWS if other.name == row.source)
         assert (source.arguments, source.contenders) == (row.arguments, row.contenders)
@@ -47,8 +49,9 @@ def limits_of_memory():
 
 
 @pytest.mark.usefixtures("limits_of_memory")
-@pytest.mark.parametrize("work", ["decode", "ragged", "calls", "train"])
-def test_a_worker_prints_what_its_contender_took(monkeypatch, capsys, work):
+@pytest.mark.parametrize("work", ["decode", "ragged", "calls", "load", "train"])
+def test_a_worker_prints_what_its_contender_took(monkeypatch, capsys, tmp_path, work):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setitem(SHAPES, "small", SMALL)
     monkeypatch.setattr(sys, "argv", ["worker", "gemma2_keras", work, "--size", "small", "--prompt", "9", "--new", "3"])
     monkeypatch.setattr(worker, "_WARM_SECONDS", 0.0)
@@ -61,6 +64,7 @@ def test_a_worker_prints_what_its_contender_took(monkeypatch, capsys, work):
         "decode": {"first_call_s", "prefill_s", "tokens_per_s"},
         "ragged": {"total_s", "tokens_per_s"},
         "calls": {"total_s", "compilations"},
+        "load": {"total_s", "first_call_s", "above_bytes"},
         "train": {"first_call_s", "tokens_per_s", "above_bytes"},
     }
     assert expected[work] <= set(found)

@@ -169,6 +169,15 @@ ROWS = (
         measured_with="D1",
     ),
     Row(
+        "L1",
+        "load a checkpoint, 2B shape, bfloat16; first call: until the first logits",
+        ("load", "--size", "2b", "--dtype", "bfloat16"),
+        "total_s",
+        False,
+        (Contender("file"), TRANSFORMERS, *OURS),
+        (("gemma2_keras torch", "file", 0.67), ("gemma2_keras torch", "transformers", 1.0)),
+    ),
+    Row(
         "T1",
         "LoRA training step, 256,000 words, float32, 2 sequences of 512 tokens",
         _TRAINING,

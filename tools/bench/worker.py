@@ -24,7 +24,7 @@ _WARM_SECONDS = 12.0
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("contender")
-    parser.add_argument("work", choices=("decode", "ragged", "calls", "train"))
+    parser.add_argument("work", choices=("decode", "ragged", "calls", "load", "train"))
     parser.add_argument("--backend", default="torch")
     parser.add_argument("--size", default="mini")
     parser.add_argument("--dtype", default="float32")
@@ -44,6 +44,9 @@ def main() -> None:
         _, most = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, (available_bytes() or most, most))
         _print(_trained(options, shape))
+        return
+    if options.work == "load":
+        _print(_loaded(options, shape))
         return
     run = CONTENDERS[options.contender](shape, options.dtype)
 
@@ -77,6 +80,23 @@ def main() -> None:
             compilations = run(prompts((length,), shape["vocabulary_size"]), new)
         found |= {"total_s": time.perf_counter() - began, "compilations": compilations}
     _print(found)
+
+
+def _loaded(options: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
+    from gemma2_keras.memory import peak_bytes
+    from tools.bench.loaders import LOADERS, checkpoint, file, imports
+
+    folder = checkpoint(shape, options.dtype)
+    # All find the file in memory.
+    file(folder)
+    imports(options.contender)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_bytes() or 0
+    began = time.perf_counter()
+    logits = LOADERS[options.contender](folder)
+    loaded, above = time.perf_counter() - began, (peak_bytes() or 0) - before
+    logits()
+    return {"total_s": loaded, "first_call_s": time.perf_counter() - began, "above_bytes": above}
 
 
 def _trained(options: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
