@@ -192,6 +192,8 @@ def is_finite(value: np.ndarray, threads: ThreadPoolExecutor) -> bool:
                 return False
         return True
 
+    if len(words) <= _LOOKED_AT:
+        return holds(words)
     return all(threads.map(holds, np.array_split(words, _THREADS)))
 
 

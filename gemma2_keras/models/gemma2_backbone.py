@@ -189,7 +189,7 @@ class Gemma2Backbone(Adaptable, keras_hub.models.Backbone):
 
         Example:
 
-        >>> mesh = keras.distribution.DeviceMesh((1, 1), ["batch", "model"], keras.distribution.list_devices()[:1])
+        >>> mesh = keras.distribution.DeviceMesh((1, 1), ["batch", "model"], ["cpu:0"])
         >>> layout = Gemma2Backbone.get_layout_map(mesh)
         >>> tuple(layout["decoder_block_0/attention/q_proj/weight"].axes)
         ('model', None)

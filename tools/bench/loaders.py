@@ -30,7 +30,7 @@ def transformers(folder: Path) -> Callable[[], Any]:
 
     def logits() -> Any:
         with torch.no_grad():
-            return model(torch.tensor(_TOKENS), logits_to_keep=1).logits.numpy(force=True)
+            return model(torch.tensor(_TOKENS), logits_to_keep=1).logits.float().numpy()
 
     return logits
 
