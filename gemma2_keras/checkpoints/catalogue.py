@@ -118,7 +118,7 @@ def describe_preset(name: str) -> Preset:
     if name not in presets:
         raise PresetError(
             f"There is no preset {name[:80]!r}. {nearest(name[:80], presets)} "
-            "`gemma2_keras.list_presets()` has all names; a folder or a handle hf://owner/name is taken too."
+            "`gemma2_keras.list_presets()` has all names; `from_preset` takes folders and handles, too."
         )
     return presets[name]
 

@@ -107,18 +107,19 @@ def write_gguf(
     vocabulary = None if proto is None else Vocabulary(proto, rows, stop_token_ids)
     keys = describe_architecture(checkpoint.config)
     if vocabulary is None:
-        with replacing_file(target, _is_gguf, "a GGUF file") as beside:
+        with replacing_file(target, is_gguf, "a GGUF file") as beside:
             _write(beside, checkpoint, keys, None, dtype, target.stem if name is None else name)
         return
     with (
         replacing_file(target.with_name(MODELFILE), _is_our_modelfile, "a Modelfile of ours") as modelfile,
-        replacing_file(target, _is_gguf, "a GGUF file") as beside,
+        replacing_file(target, is_gguf, "a GGUF file") as beside,
     ):
         modelfile.write_text(vocabulary.modelfile(target.name), encoding="utf-8")
         _write(beside, checkpoint, keys, vocabulary, dtype, target.stem if name is None else name)
 
 
-def _is_gguf(path: Path) -> bool:
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF files do."""
     with open(path, "rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 

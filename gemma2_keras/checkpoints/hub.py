@@ -8,6 +8,7 @@ from pathlib import Path
 from gemma2_keras.checkpoints import google_storage, hugging_face, kaggle
 from gemma2_keras.checkpoints.catalogue import Preset, describe_preset, list_presets
 from gemma2_keras.checkpoints.fetching import OWN_FILE
+from gemma2_keras.checkpoints.gguf import is_gguf
 from gemma2_keras.checkpoints.saving import restore_folder
 from gemma2_keras.checkpoints.transformers import CONFIG_FILE
 from gemma2_keras.errors import PresetError
@@ -100,6 +101,8 @@ def _local(text: str) -> Path:
     if path.suffix.lower() == _GGUF:
         if not path.is_file():
             raise PresetError(f"There is no file {path}.")
+        return path
+    if path.is_file() and is_gguf(path):
         return path
     if path.exists():
         raise PresetError(f"{path} is a file; give the folder that holds it.")

@@ -226,3 +226,13 @@ def test_what_transformers_would_not_load_is_not_written_for_it(tmp_path, sizes,
     assert not (tmp_path / "out").exists()
     model.save_to_preset(tmp_path / "out")
     assert contents(Gemma2CausalLM.from_preset(tmp_path / "out")) == contents(model)
+
+
+@pytest.mark.once
+def test_a_gguf_file_is_known_by_its_content(tmp_path):
+    model = model_of("float32", num_layers=1)
+    model.export_to_gguf(tmp_path / "mine")
+    assert contents(Gemma2CausalLM.from_preset(tmp_path / "mine")) == contents(model)
+    (tmp_path / "other").write_text("GGU")
+    with pytest.raises(PresetError, match="is a file; give the folder that holds it"):
+        Gemma2CausalLM.from_preset(tmp_path / "other")
