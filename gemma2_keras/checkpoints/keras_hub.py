@@ -429,7 +429,11 @@ def write_keras_hub(
         "tasks": ["CausalLM"],
     }
     write_json(folder / METADATA_FILE, metadata)
-    _write_weights(folder, checkpoint, max_shard_size)
+    try:
+        _write_weights(folder, checkpoint, max_shard_size)
+    except RuntimeError as error:
+        # So the HDF5 library says, among others, that the disk is full.
+        raise OSError(f"{folder} cannot be written: {error}") from error
 
 
 def _describe_backbone(config: Gemma2Config, dtype: str) -> dict[str, Any]:

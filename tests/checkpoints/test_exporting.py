@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import warnings
 
 import numpy as np
@@ -236,3 +237,26 @@ def test_a_gguf_file_is_known_by_its_content(tmp_path):
     (tmp_path / "other").write_text("GGU")
     with pytest.raises(PresetError, match="is a file; give the folder that holds it"):
         Gemma2CausalLM.from_preset(tmp_path / "other")
+
+
+@pytest.fixture
+def small_files():
+    """A disk on which no file gets longer than 4 kB."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_the_earlier_result(tmp_path, small_files, to):
+    model, path = model_of("float32", num_layers=1), place(tmp_path, to)
+    export(model, to, path)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    small_files()
+    with pytest.raises(OSError, match=r"written|too large"):
+        export(model, to, path)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
