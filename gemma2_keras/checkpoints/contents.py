@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import keras
@@ -14,15 +14,11 @@ from tqdm import tqdm
 from gemma2_keras.checkpoints.names import weight_map
 from gemma2_keras.config import Gemma2Config
 from gemma2_keras.errors import CheckpointError
-from gemma2_keras.kernels import array, buffers, fill, stored
+from gemma2_keras.kernels import array, buffers, fill, is_finite, stored
 from gemma2_keras.layers.linear import Linear
 
-# Threads that look at numbers: few keep up with the memory.
-_THREADS = 2
-# Numbers looked at, or converted, at a time: as many as a processor's cache holds, and far more than a call costs.
-_LOOKED_AT, _CONVERTED = 2**19, 2**24
-# The smallest bit pattern that is no finite number, positive, of each dtype; with the sign in front, the negative one.
-_INFINITY = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
+# Numbers converted at a time.
+_CONVERTED = 2**24
 
 
 class Checkpoint(Protocol):
@@ -32,9 +28,11 @@ class Checkpoint(Protocol):
 
     Attributes:
         config: the architecture.
+        mapped: whether tensors, or all that are large, are views of files, so that reading one twice costs nothing.
     """
 
     config: Gemma2Config
+    mapped: bool
 
     @property
     def dtype(self) -> str:
@@ -53,6 +51,8 @@ class LiveCheckpoint:
         backbone: a `Gemma2Backbone`.
         merged: whether the adapter in effect is in the weights.
     """
+
+    mapped = False
 
     def __init__(self, backbone: Any, merged: bool = True) -> None:
         self.config: Gemma2Config = backbone.config
@@ -82,6 +82,8 @@ class ConvertedCheckpoint:
         dtype: of all tensors; `None` is that of the checkpoint.
     """
 
+    mapped = False
+
     def __init__(self, checkpoint: Checkpoint, dtype: str | None) -> None:
         self.config = checkpoint.config
         self.dtype = dtype or checkpoint.dtype
@@ -105,9 +107,11 @@ class WatchedCheckpoint:
 
     def __init__(self, checkpoint: Checkpoint, doing: str, check_finite: bool = True) -> None:
         self.config = checkpoint.config
+        self.mapped = checkpoint.mapped
         self._checkpoint = checkpoint
         self._check_finite = check_finite
-        self._threads = ThreadPoolExecutor(_THREADS)
+        self._ahead = ThreadPoolExecutor(1)
+        self._looks: dict[str, Future[bool]] = {}
         hidden = False if type(sys.stdout).__module__ == "ipykernel.iostream" else None
         count = len(weight_map(self.config))
         self._bar = tqdm(desc=doing, total=count, unit=" tensors", leave=False, delay=1, disable=hidden)
@@ -117,6 +121,14 @@ class WatchedCheckpoint:
         """The dtype of the tensors."""
         return self._checkpoint.dtype
 
+    def look_ahead(self) -> None:
+        """Begin to look at tensors that are views of files, beside all that is done before they are read."""
+        if self._check_finite and self.mapped:
+            self._looks = {name: self._ahead.submit(self._look, name) for name in weight_map(self.config)}
+
+    def _look(self, name: str) -> bool:
+        return is_finite(self._checkpoint.read(name))
+
     def read(self, name: str) -> np.ndarray:
         """One tensor, once.
 
@@ -124,7 +136,8 @@ class WatchedCheckpoint:
             CheckpointError: if it holds NaN or infinite numbers.
         """
         value = self._checkpoint.read(name)
-        if self._check_finite and not is_finite(value, self._threads):
+        look = self._looks.pop(name, None)
+        if self._check_finite and not (is_finite(value) if look is None else look.result()):
             raise CheckpointError(
                 f"Tensor {name!r} holds numbers that are not finite (NaN or infinity): the checkpoint is damaged, or "
                 "its training diverged. `check_finite=False` takes it all the same."
@@ -137,7 +150,7 @@ class WatchedCheckpoint:
 
     def __exit__(self, *error: object) -> None:
         self._bar.close()
-        self._threads.shutdown()
+        self._ahead.shutdown(cancel_futures=True)
 
 
 def load_into(backbone: Any, checkpoint: Checkpoint) -> None:
@@ -170,31 +183,6 @@ def shards_of(checkpoint: Checkpoint, max_shard_size: float | None) -> list[list
         shards[-1].append(name)
         size += nbytes
     return shards
-
-
-def is_finite(value: np.ndarray, threads: ThreadPoolExecutor) -> bool:
-    """Whether no number of a float32, bfloat16 or float16 array is NaN or infinite.
-
-    >>> with ThreadPoolExecutor(2) as threads:
-    ...     is_finite(np.ones(3, "float32"), threads), is_finite(np.array([1, np.nan], "float32"), threads)
-    (True, False)
-    """
-    bits = 8 * value.dtype.itemsize
-    words = np.ascontiguousarray(value).reshape(-1).view(f"uint{bits}")
-    infinity, sign = _INFINITY[value.dtype.name], 1 << (bits - 1)
-
-    def holds(part: np.ndarray) -> bool:
-        for start in range(0, len(part), _LOOKED_AT):
-            block = part[start : start + _LOOKED_AT]
-            # What is not finite comes behind all that is: of positive numbers read with a sign, of negative ones
-            # without.
-            if block.view(f"int{bits}").max() >= infinity or block.max() >= infinity + sign:
-                return False
-        return True
-
-    if len(words) <= _LOOKED_AT:
-        return holds(words)
-    return all(threads.map(holds, np.array_split(words, _THREADS)))
 
 
 def converted(value: np.ndarray, dtype: str) -> np.ndarray:

@@ -38,6 +38,8 @@ class AdaptedCheckpoint:
         adapter: of that model.
     """
 
+    mapped = False
+
     def __init__(self, checkpoint: Checkpoint, adapter: StoredAdapter) -> None:
         self.config = checkpoint.config
         self._checkpoint = checkpoint

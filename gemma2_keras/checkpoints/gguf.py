@@ -266,6 +266,8 @@ class GgufCheckpoint:
     Example: see `write_gguf`.
     """
 
+    mapped = True
+
     def __init__(self, path: str | os.PathLike) -> None:
         self._keys, self._tensors = read_container(path)
         self.config: Gemma2Config = parse_architecture(self._keys, {name: t.shape for name, t in self._tensors.items()})

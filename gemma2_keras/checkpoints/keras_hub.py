@@ -258,6 +258,8 @@ class KerasHubCheckpoint:
             dtype other than float32, bfloat16 and float16; the message names it.
     """
 
+    mapped = False
+
     def __init__(self, folder: Path) -> None:
         self.config = parse_config(read_json(path_inside(folder, CONFIG_FILE)))
         self._file_of = _arrays(folder)

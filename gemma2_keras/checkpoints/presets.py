@@ -52,9 +52,10 @@ def load_backbone(
     dtype = dtype or kept or checkpoint.dtype
     if name is None:
         require_fit(config, dtype)
-    with awaiting_weights():
-        backbone = cls(**config.to_dict(), dtype=dtype)
     with WatchedCheckpoint(checkpoint, "Loading", check_finite) as watched:
+        watched.look_ahead()
+        with awaiting_weights():
+            backbone = cls(**config.to_dict(), dtype=dtype)
         load_into(backbone, watched)
     return backbone
 

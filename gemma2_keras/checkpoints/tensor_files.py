@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -69,7 +70,8 @@ class TensorFile:
             if path.exists() and not path.is_file():
                 raise OSError("no regular file")
             with open(path, "rb") as file:
-                self.entries = _entries(file, os.fstat(file.fileno()).st_size)
+                self._size = os.fstat(file.fileno()).st_size
+                self.entries = _entries(file, self._size)
         except FileNotFoundError as error:
             raise CheckpointError(f"{path.parent} lacks the file {path.name}.") from error
         except (OSError, ValueError) as error:
@@ -93,11 +95,19 @@ class TensorFile:
         dtype, shape, offset = self.require_known(name), self.entries[name].shape, self.entries[name].offset
         if 0 in shape:
             return np.empty(shape, dtype)
+        raw = self._mapped[offset : offset + math.prod(shape) * dtype.itemsize]
+        return np.require(raw.view(dtype).reshape(shape), requirements="A")
+
+    @functools.cached_property
+    def _mapped(self) -> np.ndarray:
+        """The bytes of the file: one mapping for all tensors, which the system sets up sooner than one for each."""
         try:
-            raw = np.memmap(self.path, np.uint8, "c", offset, (math.prod(shape) * dtype.itemsize,))
+            mapped = np.asarray(np.memmap(self.path, np.uint8, "c"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path} cannot be read any more ({error}).") from error
-        return np.require(np.asarray(raw).view(dtype).reshape(shape), requirements="A")
+        if len(mapped) != self._size:
+            raise CheckpointError(f"{self.path} has changed while it was read. Load it again.")
+        return mapped
 
 
 def _entries(file: Any, size: int) -> dict[str, Entry]:

@@ -182,6 +182,8 @@ class SafetensorsCheckpoint:
             dtype other than float32, bfloat16 and float16; the message names it.
     """
 
+    mapped = True
+
     def __init__(self, folder: Path, config: Gemma2Config) -> None:
         self.config = config
         self._file_of: dict[str, TensorFile] = {}

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 
 from gemma2_keras.kernels import buffers, native
+from gemma2_keras.kernels.buffers import is_finite
 from gemma2_keras.ops import attention as portable
 from gemma2_keras.ops.attention import soft_cap
 from gemma2_keras.ops.cross_entropy import (
@@ -35,6 +36,7 @@ __all__ = [
     "empty",
     "fill",
     "gated_gelu",
+    "is_finite",
     "linear",
     "projected_cross_entropy",
     "rms_norm",

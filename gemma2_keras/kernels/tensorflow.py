@@ -11,6 +11,7 @@ import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from gemma2_keras.kernels import buffers, native
+from gemma2_keras.kernels.buffers import is_finite
 from gemma2_keras.ops.attention import attention, soft_cap
 from gemma2_keras.ops.cross_entropy import (
     LossTerms,
@@ -34,6 +35,7 @@ __all__ = [
     "empty",
     "fill",
     "gated_gelu",
+    "is_finite",
     "linear",
     "projected_cross_entropy",
     "rms_norm",

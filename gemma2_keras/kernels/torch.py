@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ __all__ = [
     "empty",
     "fill",
     "gated_gelu",
+    "is_finite",
     "linear",
     "projected_cross_entropy",
     "rms_norm",
@@ -272,9 +274,20 @@ def write_slots(buffer: Any, slots: Any, values: Any) -> Any:
 
 def tensor(array: Any) -> Any:
     """A tensor of the numbers of a NumPy array, over its memory where there is one memory for both."""
+    return keras.ops.convert_to_tensor(_over(array))
+
+
+def _over(array: np.ndarray) -> Any:
+    """A tensor over the memory of a NumPy array."""
     bfloat16 = array.dtype == ml_dtypes.bfloat16
     numbers = torch.from_numpy(array.view("uint16") if bfloat16 else array)
-    return keras.ops.convert_to_tensor(numbers.view(torch.bfloat16) if bfloat16 else numbers)
+    return numbers.view(torch.bfloat16) if bfloat16 else numbers
+
+
+def is_finite(numbers: np.ndarray) -> bool:
+    """Whether no number of a float32, bfloat16 or float16 array, which has some, is NaN or infinite."""
+    # The extremes of numbers among which there is NaN are NaN.
+    return all(math.isfinite(extreme) for extreme in torch.aminmax(_over(numbers)))
 
 
 def array(x: Any) -> np.ndarray:

@@ -3,20 +3,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import keras
-import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 from keras import ops
 from safetensors.numpy import load_file, save_file
 
 from gemma2_keras import Gemma2Backbone, Gemma2CausalLM
 from gemma2_keras.checkpoints import contents
-from gemma2_keras.checkpoints.contents import ConvertedCheckpoint, LiveCheckpoint, converted, is_finite, shards_of
+from gemma2_keras.checkpoints.contents import ConvertedCheckpoint, LiveCheckpoint, converted, shards_of
 from gemma2_keras.checkpoints.names import weight_map
 from gemma2_keras.errors import CheckpointError
 from tests.preprocessing import tiny
@@ -34,31 +30,6 @@ def folder(tmp_path):
 def bits(backbone) -> dict[str, bytes]:
     checkpoint = LiveCheckpoint(backbone)
     return {name: checkpoint.read(name).tobytes() for name in weight_map(backbone.config)}
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("dtype", DTYPES)
-@given(words=st.lists(st.integers(0, 2**32 - 1), max_size=9))
-@example(words=[0x7F7FFFFF, 0xFF7FFFFF, 0x80000000, 0])
-@example(words=[0x7F800000])
-@example(words=[0xFF800000])
-@example(words=[0xFFFFFFFF])
-def test_finite_is_what_numpy_finds_finite(dtype, words):
-    narrow = np.dtype(dtype).itemsize == 2
-    values = np.array([w >> 16 if narrow else w for w in words], "uint16" if narrow else "uint32").view(dtype)
-    # Of some NaNs NumPy warns itself.
-    with ThreadPoolExecutor(2) as threads, np.errstate(invalid="ignore"):
-        assert is_finite(values, threads) == bool(np.isfinite(values).all())
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("place", [0, 2**19 - 1, 2**19, 2**20 + 6])
-def test_one_number_among_many_is_found(place):
-    values = np.ones((2**20 + 7, 1), ml_dtypes.bfloat16)
-    with ThreadPoolExecutor(2) as threads:
-        assert is_finite(values, threads)
-        values[place] = np.nan
-        assert not is_finite(values, threads)
 
 
 @pytest.mark.once

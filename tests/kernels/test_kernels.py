@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -555,3 +556,27 @@ def test_two_processes_that_compile_at_once_both_have_the_library(anew):
     errors = [process.communicate()[1].decode() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     assert len(names(anew)) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@given(words=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=9))
+@example(words=[0x7F7FFFFF, 0xFF7FFFFF, 0x80000000, 0])
+@example(words=[0x7BFF0000, 0xFBFF0000])
+@example(words=[0x7F800000])
+@example(words=[0xFF800000])
+@example(words=[0xFFFFFFFF])
+def test_finite_is_what_numpy_finds_finite(dtype, words):
+    narrow = np.dtype(dtype).itemsize == 2
+    values = np.array([w >> 16 if narrow else w for w in words], "uint16" if narrow else "uint32").view(dtype)
+    # Of some NaNs NumPy warns itself.
+    with np.errstate(invalid="ignore"):
+        assert kernels.is_finite(values) == bool(np.isfinite(values).all())
+
+
+@pytest.mark.parametrize("place", [0, 2**19 - 1, 2**19, 2**20 + 6])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_one_number_among_many_is_found(place, wrong):
+    values = np.ones((2**20 + 7, 1), ml_dtypes.bfloat16)
+    assert kernels.is_finite(values)
+    values[place] = wrong
+    assert not kernels.is_finite(values)
