@@ -10,14 +10,15 @@ import numpy as np
 
 from gemma2_keras.checkpoints.adapters import StoredAdapter, read_adapter, write_adapter_files
 from gemma2_keras.checkpoints.contents import Checkpoint, ConvertedCheckpoint, WatchedCheckpoint
-from gemma2_keras.checkpoints.fetching import OWN_FILE
-from gemma2_keras.checkpoints.gguf import write_gguf
+from gemma2_keras.checkpoints.gguf.writing import write_gguf
 from gemma2_keras.checkpoints.hub import resolve
-from gemma2_keras.checkpoints.keras_hub import METADATA_FILE, write_keras_hub
+from gemma2_keras.checkpoints.keras_hub.settings import METADATA_FILE
+from gemma2_keras.checkpoints.keras_hub.writing import write_keras_hub
 from gemma2_keras.checkpoints.names import projections
+from gemma2_keras.checkpoints.own_file import FORMAT, OWN_FILE
 from gemma2_keras.checkpoints.presets import check_shard_size, is_ours, write_model, write_settings
 from gemma2_keras.checkpoints.saving import replacing_folder, write_json
-from gemma2_keras.checkpoints.stored import FORMAT, open_stored
+from gemma2_keras.checkpoints.stored import open_stored
 from gemma2_keras.checkpoints.tokenizer_files import write_tokenizer
 from gemma2_keras.config import Gemma2Config
 from gemma2_keras.layers.low_rank import merged

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from gemma2_keras.checkpoints import google_storage, hugging_face, kaggle
 from gemma2_keras.checkpoints.catalogue import Preset, describe_preset, list_presets
-from gemma2_keras.checkpoints.fetching import OWN_FILE
-from gemma2_keras.checkpoints.gguf import is_gguf
+from gemma2_keras.checkpoints.gguf.container import is_gguf
+from gemma2_keras.checkpoints.own_file import OWN_FILE
 from gemma2_keras.checkpoints.saving import restore_folder
+from gemma2_keras.checkpoints.sources import google_storage, hugging_face, kaggle
 from gemma2_keras.checkpoints.transformers import CONFIG_FILE
 from gemma2_keras.errors import PresetError
 

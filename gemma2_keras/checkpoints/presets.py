@@ -9,17 +9,17 @@ from typing import Any
 
 from gemma2_keras.checkpoints.catalogue import describe_preset, list_presets
 from gemma2_keras.checkpoints.contents import Checkpoint, LiveCheckpoint, WatchedCheckpoint, load_into
-from gemma2_keras.checkpoints.fetching import OWN_FILE
 from gemma2_keras.checkpoints.fitting import require_fit
 from gemma2_keras.checkpoints.hub import resolve
-from gemma2_keras.checkpoints.saving import replacing_folder, write_json
-from gemma2_keras.checkpoints.stored import (
+from gemma2_keras.checkpoints.own_file import (
     FORMAT,
+    OWN_FILE,
     PREPROCESSOR_SETTINGS,
     TOKENIZER_SETTINGS,
-    open_stored,
     own_settings,
 )
+from gemma2_keras.checkpoints.saving import replacing_folder, write_json
+from gemma2_keras.checkpoints.stored import open_stored
 from gemma2_keras.checkpoints.tokenizer_files import TOKENIZER_CONFIG_FILE, TOKENIZER_JSON_FILE
 from gemma2_keras.checkpoints.transformers import (
     CONFIG_FILE,

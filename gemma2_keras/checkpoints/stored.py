@@ -6,20 +6,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Protocol
 
-from gemma2_keras.checkpoints import keras_hub
 from gemma2_keras.checkpoints.contents import Checkpoint
-from gemma2_keras.checkpoints.fetching import OWN_FILE
-from gemma2_keras.checkpoints.gguf import GgufCheckpoint
-from gemma2_keras.checkpoints.guard import file_inside, read_json, read_vocabulary, shown, some
-from gemma2_keras.checkpoints.keras_hub import KerasHubCheckpoint
+from gemma2_keras.checkpoints.gguf.reading import GgufCheckpoint
+from gemma2_keras.checkpoints.guard import file_inside, read_json, read_vocabulary, shown
+from gemma2_keras.checkpoints.keras_hub import settings as keras_hub
+from gemma2_keras.checkpoints.keras_hub.weights import KerasHubCheckpoint
+from gemma2_keras.checkpoints.own_file import own_settings
 from gemma2_keras.checkpoints.transformers import CONFIG_FILE, TOKENIZER_FILE, SafetensorsCheckpoint, parse_config
 from gemma2_keras.config import Gemma2Config
 from gemma2_keras.errors import CheckpointError
-
-FORMAT = 1
-TOKENIZER_SETTINGS = {"parse_special": bool}
-PREPROCESSOR_SETTINGS = {"sequence_length": int, "add_start_token": bool, "add_end_token": bool}
-_PARTS = {"tokenizer": TOKENIZER_SETTINGS, "preprocessor": PREPROCESSOR_SETTINGS}
 
 
 class Stored(Protocol):
@@ -137,33 +132,3 @@ class _GgufPreset:
 
     def settings(self, part: str) -> dict[str, Any]:
         return {}
-
-
-def own_settings(folder: Path) -> dict[str, Any]:
-    """Our own file of a preset folder, checked; empty for a folder that we did not write."""
-    path = file_inside(folder, OWN_FILE)
-    if not path.exists():
-        return {}
-    own = read_json(path)
-    if own.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {shown(own.get('format'))}; this version reads {FORMAT}. Install a newer gemma2-keras."
-        )
-    for part, types in _PARTS.items():
-        value = own.get(part, {})
-        if not isinstance(value, dict) or not set(value) <= set(types):
-            raise CheckpointError(
-                f"`{part}` in {path} must be an object with keys among {sorted(types)}; it is {shown(value)}."
-            )
-        for key, setting in value.items():
-            if type(setting) is not types[key]:
-                raise CheckpointError(
-                    f"`{key}` in {path} must be of type {types[key].__name__}; it is {shown(setting)}."
-                )
-    dropout = own.get("dropout", 0.0)
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise CheckpointError(f"`dropout` in {path} must be at least 0 and below 1; it is {shown(dropout)}.")
-    unknown = set(own) - {"format", "dropout", *_PARTS}
-    if unknown:
-        raise CheckpointError(f"{path} has unknown keys: {some(unknown)}.")
-    return own

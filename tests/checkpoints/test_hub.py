@@ -10,10 +10,11 @@ from huggingface_hub.utils import close_session
 from kagglehub import clients
 
 from gemma2_keras import describe_preset
-from gemma2_keras.checkpoints import hub, hugging_face, kaggle
+from gemma2_keras.checkpoints import hub
 from gemma2_keras.checkpoints.hub import resolve
+from gemma2_keras.checkpoints.sources import hugging_face, kaggle
 from gemma2_keras.errors import PresetError
-from tests.checkpoints.servers import COMMIT, HuggingFace, Kaggle, in_a_process, isolate, serving
+from tests.checkpoints.sources.servers import COMMIT, HuggingFace, Kaggle, in_a_process, isolate, serving
 
 pytestmark = pytest.mark.once
 NOBODY = "http://127.0.0.1:9"

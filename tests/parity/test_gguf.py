@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gemma2_keras import Gemma2CausalLM
 from gemma2_keras.checkpoints.contents import LiveCheckpoint
-from gemma2_keras.checkpoints.gguf import write_gguf
+from gemma2_keras.checkpoints.gguf.writing import write_gguf
 from gemma2_keras.checkpoints.names import weight_map
 from tests.preprocessing import tiny
 from tests.preprocessing.test_tokenizer import SNIPPETS

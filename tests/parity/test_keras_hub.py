@@ -11,7 +11,8 @@ from keras import ops
 
 from gemma2_keras import Gemma2Backbone, Gemma2CausalLM
 from gemma2_keras.checkpoints.contents import LiveCheckpoint
-from gemma2_keras.checkpoints.keras_hub import KerasHubCheckpoint, write_keras_hub
+from gemma2_keras.checkpoints.keras_hub.weights import KerasHubCheckpoint
+from gemma2_keras.checkpoints.keras_hub.writing import write_keras_hub
 from gemma2_keras.checkpoints.names import weight_map
 from gemma2_keras.layers.initialization import awaiting_weights
 

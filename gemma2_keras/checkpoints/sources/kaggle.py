@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from gemma2_keras.checkpoints.fetching import (
+from gemma2_keras.checkpoints.sources.fetching import (
     WITHOUT_DOWNLOAD,
     alone_in,
     causes,

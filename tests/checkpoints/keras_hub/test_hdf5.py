@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gemma2_keras.checkpoints.hdf5 import Hdf5File
+from gemma2_keras.checkpoints.keras_hub.hdf5 import Hdf5File
 from gemma2_keras.errors import CheckpointError
 
 pytestmark = pytest.mark.once
@@ -203,12 +203,12 @@ def test_other_versions_of_the_format_are_refused(path, options, message):
 
 
 def test_a_file_of_too_many_groups_is_refused_without_reading_on(path, monkeypatch):
-    monkeypatch.setattr("gemma2_keras.checkpoints.hdf5._MOST_MEMBERS", 50)
+    monkeypatch.setattr("gemma2_keras.checkpoints.keras_hub.hdf5._MOST_MEMBERS", 50)
     assert_refused(make(path, lambda f: [f.create_group(f"g{i}") for i in range(60)]), "more than 50 objects")
 
 
 def test_a_file_of_too_much_structure_is_refused(path, monkeypatch):
-    monkeypatch.setattr("gemma2_keras.checkpoints.hdf5.MOST_METADATA", 5_000)
+    monkeypatch.setattr("gemma2_keras.checkpoints.keras_hub.hdf5.MOST_METADATA", 5_000)
     assert_refused(make(path, lambda f: [f.create_group(f"g{i}") for i in range(60)]), "more than 5000 bytes of struc")
 
 

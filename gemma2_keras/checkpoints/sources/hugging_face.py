@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 
-from gemma2_keras.checkpoints.fetching import (
+from gemma2_keras.checkpoints.sources.fetching import (
     OWN_FILE,
     SETTINGS,
     causes,

@@ -9,22 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 import gguf
-import ml_dtypes
 import numpy as np
 
-from gemma2_keras.checkpoints.gguf_architecture import (
+from gemma2_keras.checkpoints.gguf.architecture import (
     ARCHITECTURE,
     REMAINDER,
     describe_architecture,
-    parse_architecture,
 )
-from gemma2_keras.checkpoints.gguf_container import MAGIC, read_container
-from gemma2_keras.checkpoints.gguf_tokenizer import MODELFILE_MARK, Vocabulary, find_stop_token_ids, sentencepiece_model
-from gemma2_keras.checkpoints.guard import shown, some
+from gemma2_keras.checkpoints.gguf.container import NUMPY_DTYPES, is_gguf
+from gemma2_keras.checkpoints.gguf.norms import plus_one
+from gemma2_keras.checkpoints.gguf.tokenizer import MODELFILE_MARK, Vocabulary
 from gemma2_keras.checkpoints.names import weight_map
 from gemma2_keras.checkpoints.saving import replacing_file
-from gemma2_keras.config import Gemma2Config
-from gemma2_keras.errors import CheckpointError
 
 if TYPE_CHECKING:
     from gemma2_keras.checkpoints.contents import Checkpoint
@@ -44,8 +40,6 @@ _FILE_TYPES = {
     "bfloat16": gguf.LlamaFileType.MOSTLY_BF16,
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
 }
-_NUMPY_DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_DTYPE_OF_TYPE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Columns that are quantised together; and how many numbers are converted at a time.
 _Q8_BLOCK, _AT_A_TIME = 32, 2**21
 _LARGEST_FLOAT16 = 65504.0
@@ -89,6 +83,7 @@ def write_gguf(
     >>> import tempfile
     >>> from gemma2_keras import Gemma2Backbone
     >>> from gemma2_keras.checkpoints.contents import LiveCheckpoint
+    >>> from gemma2_keras.checkpoints.gguf.reading import GgufCheckpoint
     >>> backbone = Gemma2Backbone(64, 1, 4, 2, 24, 40, 8)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_gguf(f"{folder}/small.gguf", LiveCheckpoint(backbone), dtype="bfloat16")
@@ -116,12 +111,6 @@ def write_gguf(
     ):
         modelfile.write_text(vocabulary.modelfile(target.name), encoding="utf-8")
         _write(beside, checkpoint, keys, vocabulary, dtype, target.stem if name is None else name)
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether a file begins as GGUF files do."""
-    with open(path, "rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
 
 
 def _is_our_modelfile(path: Path) -> bool:
@@ -156,7 +145,7 @@ def _write(
         dtypes = {}
         for name, weight in weights.items():
             if len(weight.shape) == 1:
-                remainder = _plus_one(checkpoint.read(name))[1]
+                remainder = plus_one(checkpoint.read(name))[1]
                 if remainder.view(np.uint32).any():
                     writer.add_array(REMAINDER + weight.gguf, remainder.tolist())
             dtypes[name] = _dtype_within(dtype, weight.shape)
@@ -168,7 +157,7 @@ def _write(
         for name, weight in weights.items():
             value = checkpoint.read(name)
             if len(weight.shape) == 1:
-                value = _plus_one(value)[0]
+                value = plus_one(value)[0]
             # The writer asks for no more than the size, and then to be written.
             writer.write_tensor_data(cast(np.ndarray, _Streamed(name, value, dtypes[name])))
     finally:
@@ -212,7 +201,7 @@ class _Streamed:
             if not (np.abs(rows) <= 127 * _LARGEST_FLOAT16).all():
                 raise self._beyond()
             return gguf.quants.quantize(rows, _TYPES["q8_0"])
-        dtype = _NUMPY_DTYPES[self._dtype]
+        dtype = NUMPY_DTYPES[self._dtype]
         if rows.dtype == dtype:
             return rows
         with np.errstate(over="ignore"):
@@ -225,114 +214,3 @@ class _Streamed:
         return ValueError(
             f"{self._name!r} has numbers that {self._dtype} cannot hold; choose `dtype` bfloat16 or float32."
         )
-
-
-def _plus_one(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A norm's weights as llama.cpp multiplies by them, and what rounding took away, so that nothing is lost.
-
-    Source: Knuth, The Art of Computer Programming, volume 2, section 4.2.2, theorem B.
-    """
-    weight = np.asarray(weight, np.float32)
-    one = np.float32(1)
-    total = one + weight
-    with np.errstate(invalid="ignore"):
-        counted = total - one
-        remainder = (one - (total - counted)) + (weight - counted)
-    # Where nothing was left of the weight it is kept as it is, since a sum knows no negative zero.
-    remainder = np.where(total == one, weight, remainder)
-    return total, np.where(np.isfinite(weight), remainder, np.float32(0))
-
-
-def _minus_one(total: np.ndarray, remainder: np.ndarray) -> np.ndarray:
-    """The weights whose `_plus_one` is given."""
-    # In float64 the difference is exact wherever the remainder counts.
-    weight = (total.astype(np.float64) - 1 + remainder).astype(np.float32)
-    return np.where(total == 1, remainder, weight)
-
-
-class GgufCheckpoint:
-    """A GGUF file of a Gemma 2 text model, whole and as expected before any tensor is read.
-
-    Args:
-        path: of a file that `write_gguf` or llama.cpp's converter wrote, in float32, float16 or bfloat16.
-
-    Attributes:
-        config: the architecture. A file knows no dropout.
-
-    Raises:
-        CheckpointError: if the file is missing, truncated, broken, quantised or of another architecture; has a key that
-            would change what is computed and is not implemented; or a tensor is missing, extra or misshapen.
-
-    Example: see `write_gguf`.
-    """
-
-    mapped = True
-
-    def __init__(self, path: str | os.PathLike) -> None:
-        self._keys, self._tensors = read_container(path)
-        self.config: Gemma2Config = parse_architecture(self._keys, {name: t.shape for name, t in self._tensors.items()})
-        self._weights = weight_map(self.config)
-        expected = {weight.gguf: weight.shape for weight in self._weights.values()}
-        missing, extra = expected.keys() - self._tensors.keys(), self._tensors.keys() - expected.keys()
-        if missing:
-            raise CheckpointError(f"{path} lacks {len(missing)} tensors: {some(missing)}.")
-        if extra:
-            raise CheckpointError(f"{path} has {len(extra)} tensors that no Gemma 2 has: {some(extra)}.")
-        for name, shape in expected.items():
-            if self._tensors[name].shape != shape:
-                raise CheckpointError(
-                    f"Tensor {name!r} has shape {self._tensors[name].shape}; the keys of the file ask {shape}."
-                )
-        self._check_own_keys()
-
-    def _check_own_keys(self) -> None:
-        norms = {weight.gguf: weight.shape for weight in self._weights.values() if len(weight.shape) == 1}
-        for key, value in self._keys.items():
-            if key.startswith(REMAINDER):
-                norm = key.removeprefix(REMAINDER)
-                fits = isinstance(value, np.ndarray) and value.dtype == np.float32 and value.shape == norms.get(norm)
-                if not fits or not np.isfinite(value).all():
-                    raise CheckpointError(f"`{REMAINDER}…` is no float32 for each number of a norm: {shown(norm)}.")
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of the matrices; float32 where they differ."""
-        types = {self._tensors[w.gguf].type for w in self._weights.values() if len(w.shape) == 2}
-        return _DTYPE_OF_TYPE[types.pop()] if len(types) == 1 else "float32"
-
-    @property
-    def stop_token_ids(self) -> tuple[int, ...]:
-        """Ids that end a text; none where the file does not say.
-
-        Raises:
-            CheckpointError: if one is outside the vocabulary.
-        """
-        return find_stop_token_ids(self._keys, self.config.vocabulary_size)
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor; a matrix as a view of the file, a norm's weights in the checkpoint's dtype.
-
-        Raises:
-            CheckpointError: if that dtype cannot hold a norm's weights, which files have in float32.
-        """
-        weight = self._weights[name]
-        tensor = self._tensors[weight.gguf]
-        dtype = _NUMPY_DTYPES[_DTYPE_OF_TYPE[tensor.type]]
-        # BF16 is read as its bits.
-        value = tensor.values.view(dtype)
-        if len(weight.shape) == 2:
-            return value
-        remainder = self._keys.get(REMAINDER + weight.gguf, np.zeros(weight.shape, np.float32))
-        with np.errstate(over="ignore"):
-            norm = _minus_one(value.astype(np.float32), remainder).astype(_NUMPY_DTYPES[self.dtype])
-        if (np.isinf(norm) & np.isfinite(value)).any():
-            raise CheckpointError(f"Tensor {weight.gguf!r} has numbers that {self.dtype} cannot hold.")
-        return norm
-
-    def tokenizer_proto(self) -> bytes | None:
-        """A SentencePiece model that gives the file's token ids, for `Gemma2Tokenizer`; `None` if it has no tokenizer.
-
-        Raises:
-            CheckpointError: if the tokenizer is of another kind than Gemma's, or broken.
-        """
-        return sentencepiece_model(self._keys, self.config.vocabulary_size)

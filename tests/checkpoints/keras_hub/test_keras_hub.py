@@ -18,14 +18,14 @@ from keras import ops
 
 from gemma2_keras import Gemma2Backbone
 from gemma2_keras.checkpoints.contents import LiveCheckpoint
-from gemma2_keras.checkpoints.keras_hub import (
-    KerasHubCheckpoint,
+from gemma2_keras.checkpoints.keras_hub.settings import (
     find_vocabulary,
     is_keras_hub,
     parse_config,
     read_preprocessor,
-    write_keras_hub,
 )
+from gemma2_keras.checkpoints.keras_hub.weights import KerasHubCheckpoint
+from gemma2_keras.checkpoints.keras_hub.writing import write_keras_hub
 from gemma2_keras.checkpoints.names import weight_map
 from gemma2_keras.config import Gemma2Config
 from gemma2_keras.errors import CheckpointError

@@ -12,10 +12,10 @@ import pytest
 import requests
 from kagglehub import clients, exceptions
 
-from gemma2_keras.checkpoints import kaggle
 from gemma2_keras.checkpoints.hub import resolve
+from gemma2_keras.checkpoints.sources import kaggle
 from gemma2_keras.errors import CheckpointError, PresetError
-from tests.checkpoints.servers import Kaggle, isolate, serving
+from tests.checkpoints.sources.servers import Kaggle, isolate, serving
 
 pytestmark = pytest.mark.once
 

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gguf
+import ml_dtypes
 import numpy as np
 
 from gemma2_keras.checkpoints.guard import shown
 from gemma2_keras.errors import CheckpointError
 
 MAGIC = b"GGUF"
+# How numbers lie in a file, by the names that we give to dtypes.
+NUMPY_DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 # Version 3 added files of the other byte order, which are not read; in this one 2 and 3 are the same.
 _VERSIONS = (2, 3)
 # Far above any honest file: Gemma 2's have some 50 keys, 500 tensors and 256,000 pieces, in 10 MB.
@@ -26,7 +29,7 @@ _MOST_KEYS, _MOST_TENSORS, _MOST_STRINGS = 2**14, 2**14, 2**20
 _LARGEST_KEY, _LARGEST_NAME, _MOST_DIMENSIONS = 65_535, 64, 4
 # What the format calls the types of tensors that are read, by their numbers.
 _TENSOR_TYPES = {0: "F32", 1: "F16", 30: "BF16"}
-_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_DTYPES = {"F32": NUMPY_DTYPES["float32"], "F16": NUMPY_DTYPES["float16"], "BF16": NUMPY_DTYPES["bfloat16"]}
 # Types of values: of one number each, then the others.
 _NUMBERS = {
     0: "<u1",
@@ -48,12 +51,10 @@ class Tensor(NamedTuple):
     """One tensor of a file.
 
     Attributes:
-        type: `"F32"`, `"F16"` or `"BF16"`.
         shape: of a matrix (out, in).
-        values: a view of the file; of BF16 the bits as uint16.
+        values: a view of the file, float32, float16 or bfloat16.
     """
 
-    type: str
     shape: tuple[int, ...]
     values: np.ndarray
 
@@ -223,10 +224,16 @@ def _place(
         if not size or start + offset + size > len(header.data):
             raise header.error(f"tensor {shown(name)} of shape {shape} does not lie inside the file")
         values = header.data[start + offset : start + offset + size].view(dtype).reshape(shape)
-        tensors[name] = Tensor(type_, shape, values)
+        tensors[name] = Tensor(shape, values)
         end = _aligned(offset + size, alignment)
     return tensors
 
 
 def _aligned(place: int, alignment: int) -> int:
     return -(-place // alignment) * alignment
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF files do."""
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC

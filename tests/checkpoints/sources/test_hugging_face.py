@@ -13,10 +13,10 @@ import pytest
 from huggingface_hub import constants, errors, file_download
 from huggingface_hub.utils import close_session
 
-from gemma2_keras.checkpoints import hugging_face
 from gemma2_keras.checkpoints.hub import resolve
+from gemma2_keras.checkpoints.sources import hugging_face
 from gemma2_keras.errors import CheckpointError, PresetError
-from tests.checkpoints.servers import COMMIT, HuggingFace, isolate, serving
+from tests.checkpoints.sources.servers import COMMIT, HuggingFace, isolate, serving
 
 pytestmark = pytest.mark.once
 

@@ -18,16 +18,17 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from gemma2_keras import Gemma2Config
-from gemma2_keras.checkpoints import gguf as module
 from gemma2_keras.checkpoints.contents import LiveCheckpoint
-from gemma2_keras.checkpoints.gguf import GgufCheckpoint, write_gguf
-from gemma2_keras.checkpoints.gguf_container import read_container
+from gemma2_keras.checkpoints.gguf import norms, writing
+from gemma2_keras.checkpoints.gguf.container import read_container
+from gemma2_keras.checkpoints.gguf.reading import GgufCheckpoint
+from gemma2_keras.checkpoints.gguf.writing import write_gguf
 from gemma2_keras.checkpoints.names import weight_map
 from gemma2_keras.errors import CheckpointError
-from tests.checkpoints import raw_gguf as raw
+from tests.checkpoints.gguf import raw
 from tests.preprocessing import tiny
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 # Width ≠ heads · head size, no width is a multiple of 32, an odd vocabulary and number of layers.
 ODD = Gemma2Config(
     vocabulary_size=97,
@@ -145,11 +146,11 @@ def test_matrices_are_views_of_the_file_and_writing_to_them_does_not_reach_it(tm
 @example(np.array([0x33800000, 0x33800001, 0xB3000000, 0xB3000001, 0x4B800000, 0x4B800001, 0x5A000000, 1 << 22]))
 def test_a_norm_comes_back_bit_for_bit(bits):
     weight = bits.astype(np.uint32).view(np.float32)
-    total, remainder = module._plus_one(weight)
+    total, remainder = norms.plus_one(weight)
     with np.errstate(all="ignore"):
         expected = np.float32(1) + weight
     np.testing.assert_array_equal(total, expected)
-    restored = module._minus_one(total, remainder)
+    restored = norms.minus_one(total, remainder)
     finite = np.isfinite(weight)
     assert restored.dtype == np.float32
     assert restored[finite].tobytes() == weight[finite].tobytes()
@@ -238,7 +239,7 @@ def test_the_library_of_the_format_reads_the_same(tmp_path, dtype):
 def test_however_many_rows_are_converted_at_a_time_the_file_is_the_same(tmp_path, monkeypatch, dtype):
     held = Held(Gemma2Config(**{**ODD.to_dict(), "hidden_dim": 64}))
     write(tmp_path / "x.gguf", held, dtype=dtype)
-    monkeypatch.setattr(module, "_AT_A_TIME", 200)
+    monkeypatch.setattr(writing, "_AT_A_TIME", 200)
     write(tmp_path / "y.gguf", held, dtype=dtype, name="x")
     assert (tmp_path / "y.gguf").read_bytes() == (tmp_path / "x.gguf").read_bytes()
 
@@ -378,7 +379,7 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path):
     script = f"""
         import os
         import numpy as np
-        from gemma2_keras.checkpoints.gguf import write_gguf
+        from gemma2_keras.checkpoints.gguf.writing import write_gguf
         from gemma2_keras.checkpoints.names import weight_map
         from gemma2_keras.config import Gemma2Config
 

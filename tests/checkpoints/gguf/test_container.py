@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma2_keras.checkpoints.gguf import GgufCheckpoint, write_gguf
-from gemma2_keras.checkpoints.gguf_container import read_container
+from gemma2_keras.checkpoints.gguf.container import read_container
+from gemma2_keras.checkpoints.gguf.reading import GgufCheckpoint
+from gemma2_keras.checkpoints.gguf.writing import write_gguf
 from gemma2_keras.checkpoints.names import weight_map
 from gemma2_keras.errors import CheckpointError
-from tests.checkpoints import raw_gguf as raw
+from tests.checkpoints.gguf import raw
 from tests.preprocessing import tiny
 
 pytestmark = pytest.mark.once
@@ -82,10 +83,10 @@ def test_tensors_lie_where_the_file_says(tmp_path, version, alignment):
         entry["data"] = bytes(range(i, i + len(entry["data"])))
     keys = [("general.alignment", raw.U32, alignment)]
     found = read(tmp_path, raw.whole(keys, tensors, version=version, alignment=alignment)).tensors
-    assert [(name, t.type, t.shape) for name, t in found.items()] == [
-        ("a", "F32", (3, 5)),
-        ("b", "F16", (7,)),
-        ("c", "BF16", (2, 1)),
+    assert [(name, t.values.dtype.name, t.shape) for name, t in found.items()] == [
+        ("a", "float32", (3, 5)),
+        ("b", "float16", (7,)),
+        ("c", "bfloat16", (2, 1)),
     ]
     assert [t.values.tobytes() for t in found.values()] == [entry["data"] for entry in tensors]
 

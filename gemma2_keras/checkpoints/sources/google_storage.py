@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from gemma2_keras.checkpoints.fetching import alone_in, did_not_come, fetch_by_name, was_fetched
+from gemma2_keras.checkpoints.sources.fetching import alone_in, did_not_come, fetch_by_name, was_fetched
 from gemma2_keras.errors import CheckpointError, PresetError
 
 PREFIX = "gs://"

@@ -5,8 +5,15 @@ import threading
 
 import pytest
 
-from gemma2_keras.checkpoints import fetching
-from gemma2_keras.checkpoints.fetching import KERAS_HUB, TRANSFORMERS, alone_in, causes, fetch_by_name, was_fetched
+from gemma2_keras.checkpoints.sources import fetching
+from gemma2_keras.checkpoints.sources.fetching import (
+    KERAS_HUB,
+    TRANSFORMERS,
+    alone_in,
+    causes,
+    fetch_by_name,
+    was_fetched,
+)
 from gemma2_keras.errors import CheckpointError, PresetError
 
 pytestmark = pytest.mark.once

@@ -259,7 +259,7 @@ def in_a_process(script: str, folder: Path, hugging_face: str, kaggle: str, **va
     own = {"HOME": str(folder), "HF_HUB_CACHE": str(folder / "hugging_face"), "KAGGLEHUB_CACHE": str(folder / "kaggle")}
     return subprocess.Popen(
         [sys.executable, "-c", start + script],
-        cwd=Path(__file__).resolve().parents[2],
+        cwd=Path(__file__).resolve().parents[3],
         env={"PATH": "/usr/bin:/bin", **keras, **own, "HF_ENDPOINT": hugging_face, **variables},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

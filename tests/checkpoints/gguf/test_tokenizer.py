@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
 from gemma2_keras import Gemma2Tokenizer
-from gemma2_keras.checkpoints.gguf import GgufCheckpoint, write_gguf
-from gemma2_keras.checkpoints.gguf_container import read_container
-from gemma2_keras.checkpoints.gguf_tokenizer import find_stop_token_ids, sentencepiece_model
+from gemma2_keras.checkpoints.gguf.container import read_container
+from gemma2_keras.checkpoints.gguf.reading import GgufCheckpoint
+from gemma2_keras.checkpoints.gguf.tokenizer import find_stop_token_ids, sentencepiece_model
+from gemma2_keras.checkpoints.gguf.writing import write_gguf
 from gemma2_keras.checkpoints.names import weight_map
 from gemma2_keras.config import Gemma2Config
 from gemma2_keras.errors import CheckpointError

@@ -10,8 +10,8 @@ import types
 
 import pytest
 
-from gemma2_keras.checkpoints import google_storage
 from gemma2_keras.checkpoints.hub import resolve
+from gemma2_keras.checkpoints.sources import google_storage
 from gemma2_keras.errors import CheckpointError, PresetError
 
 pytestmark = pytest.mark.once

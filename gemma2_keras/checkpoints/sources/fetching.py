@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gemma2_keras.checkpoints.guard import file_inside, read_json, some
+from gemma2_keras.checkpoints.own_file import OWN_FILE
 from gemma2_keras.checkpoints.saving import lock
 from gemma2_keras.checkpoints.transformers import (
     CONFIG_FILE,
@@ -22,8 +23,6 @@ from gemma2_keras.checkpoints.transformers import (
 )
 from gemma2_keras.errors import CheckpointError, PresetError
 
-# In a folder that we saved, for what transformers has no place for.
-OWN_FILE = "gemma2_keras.json"
 WITHOUT_DOWNLOAD = '"gemma2_tiny_en" works without any download.'
 # Which files were fetched by name, once all there are have come; sources that list no files cannot tell otherwise.
 _RECORD = ".gemma2_keras.fetched.json"
