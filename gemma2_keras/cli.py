@@ -205,7 +205,9 @@ def _loaded(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
     model = Gemma2CausalLM.from_preset(options.preset, dtype=options.dtype)
     if model.preprocessor is None:
-        raise ValueError(f"{options.preset} has no tokenizer.model, so that it cannot read a prompt.")
+        raise ValueError(
+            f"{options.preset} has no tokenizer, so that it cannot read a prompt: put its tokenizer.model there."
+        )
     model.compile(sampler=options.sampler)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "stop", "seed")
     return model, {name: value for name in names if (value := getattr(options, name)) is not None}

@@ -131,7 +131,7 @@ def test_a_checkpoint_without_a_tokenizer_is_one_line(preset, capsys, tmp_path):
     for path in Path(preset).iterdir():
         if path.name != "tokenizer.model":
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    assert "has no tokenizer.model" in fails(capsys, "generate", "The cat", "--preset", str(tmp_path))
+    assert "has no tokenizer" in fails(capsys, "generate", "The cat", "--preset", str(tmp_path))
 
 
 @pytest.mark.once

@@ -91,7 +91,7 @@ def load_tokenizer(cls: type, preset: Any, **kwargs: Any) -> Any:
     stored = open_stored(folder)
     proto = stored.proto()
     if proto is None:
-        raise CheckpointError(f"{folder} has no {TOKENIZER_FILE}, the SentencePiece model of the tokenizer.")
+        raise CheckpointError(f"{folder} has no tokenizer: neither {TOKENIZER_FILE} nor {TOKENIZER_JSON_FILE}.")
     try:
         return cls(proto, **{**stored.settings("tokenizer"), **kwargs})
     except ValueError as error:
@@ -113,7 +113,7 @@ def load_preprocessor(cls: type, preset: Any, **kwargs: Any) -> Any:
 
 def has_tokenizer(preset: Any) -> bool:
     """Whether a preset comes with a tokenizer; a bare transformers checkpoint may not."""
-    return open_stored(resolve(preset, weights=False)).proto() is not None
+    return open_stored(resolve(preset, weights=False)).has_tokenizer()
 
 
 def save_preset(

@@ -12,6 +12,7 @@ from gemma2_keras.checkpoints.guard import file_inside, read_json, read_vocabula
 from gemma2_keras.checkpoints.keras_hub import settings as keras_hub
 from gemma2_keras.checkpoints.keras_hub.weights import KerasHubCheckpoint
 from gemma2_keras.checkpoints.own_file import own_settings
+from gemma2_keras.checkpoints.tokenizer_json import TOKENIZER_JSON_FILE, sentencepiece_model
 from gemma2_keras.checkpoints.transformers import CONFIG_FILE, TOKENIZER_FILE, SafetensorsCheckpoint, parse_config
 from gemma2_keras.config import Gemma2Config
 from gemma2_keras.errors import CheckpointError
@@ -40,8 +41,16 @@ class Stored(Protocol):
         """
         ...
 
+    def has_tokenizer(self) -> bool:
+        """Whether there is a tokenizer, be it broken."""
+        ...
+
     def proto(self) -> bytes | None:
-        """The SentencePiece model; `None` if there is no tokenizer."""
+        """The SentencePiece model; `None` if there is no tokenizer.
+
+        Raises:
+            CheckpointError: if it is broken, or no tokenizer of Gemma's.
+        """
         ...
 
     def settings(self, part: str) -> dict[str, Any]:
@@ -82,8 +91,15 @@ class _Folder:
     def checkpoint(self) -> Checkpoint:
         return SafetensorsCheckpoint(self._folder, self.config())
 
+    def has_tokenizer(self) -> bool:
+        return any(file_inside(self._folder, name).exists() for name in (TOKENIZER_FILE, TOKENIZER_JSON_FILE))
+
     def proto(self) -> bytes | None:
-        return read_vocabulary(file_inside(self._folder, TOKENIZER_FILE))
+        proto = read_vocabulary(file_inside(self._folder, TOKENIZER_FILE))
+        if proto is None and self.has_tokenizer():
+            # All that transformers writes since its version 5.
+            return sentencepiece_model(read_json(file_inside(self._folder, TOKENIZER_JSON_FILE)))
+        return proto
 
     def settings(self, part: str) -> dict[str, Any]:
         return own_settings(self._folder).get(part, {})
@@ -103,6 +119,9 @@ class _KerasHubPreset:
 
     def checkpoint(self) -> Checkpoint:
         return KerasHubCheckpoint(self._folder)
+
+    def has_tokenizer(self) -> bool:
+        return keras_hub.find_vocabulary(self._folder) is not None
 
     def proto(self) -> bytes | None:
         path = keras_hub.find_vocabulary(self._folder)
@@ -126,6 +145,9 @@ class _GgufPreset:
 
     def checkpoint(self) -> Checkpoint:
         return self._checkpoint
+
+    def has_tokenizer(self) -> bool:
+        return self._checkpoint.has_tokenizer
 
     def proto(self) -> bytes | None:
         return self._checkpoint.tokenizer_proto()

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
+
+from gemma2_keras.errors import CheckpointError
+
+# The kinds of pieces, as SentencePiece numbers them.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+# The pieces that every Gemma vocabulary has, by what they are for.
+SPECIAL = {"bos": "<bos>", "eos": "<eos>", "unknown": "<unk>", "padding": "<pad>"}
+SPACE_MARK = "\u2581"
 
 
 def parse_model(proto: bytes) -> Any:
@@ -38,3 +48,34 @@ def parse_model(proto: bytes) -> Any:
             "they split it. Other programs would split it in another way."
         )
     return model
+
+
+def make_model(pieces: Sequence[tuple[str, float, int]]) -> bytes:
+    """The bytes of a SentencePiece model that splits text as Gemma's do.
+
+    Args:
+        pieces: text, score and kind of each, in the order of their ids; those of `SPECIAL` among them.
+
+    Raises:
+        CheckpointError: if a piece stands twice, or lacks.
+    """
+    ids = {piece: i for i, (piece, _, _) in enumerate(pieces)}
+    missing = [piece for piece in SPECIAL.values() if piece not in ids]
+    if missing:
+        raise CheckpointError(f"The vocabulary has no {', '.join(missing)}: this is no Gemma vocabulary.")
+    model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
+    for piece, score, kind in pieces:
+        model.pieces.add(piece=piece, score=score, type=kind)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type, trainer.byte_fallback, trainer.vocab_size = trainer.BPE, True, len(pieces)
+    trainer.pad_id, trainer.eos_id, trainer.bos_id, trainer.unk_id = (
+        ids[piece] for piece in ("<pad>", "<eos>", "<bos>", "<unk>")
+    )
+    trainer.pad_piece, trainer.eos_piece, trainer.bos_piece, trainer.unk_piece = "<pad>", "<eos>", "<bos>", "<unk>"
+    normalizer.name, normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces = "identity", False, False
+    proto = model.SerializeToString()
+    try:
+        sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(proto)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError("The tokens make no SentencePiece model: some stand twice, or lack.") from error
+    return proto

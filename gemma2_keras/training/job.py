@@ -164,7 +164,9 @@ def _check_model(recipe: Recipe) -> None:
     """See to it that the preset is whole, and that what shall be trained is there, and can be."""
     config, dtype = presets.inspect_checkpoint(recipe.preset)
     if not presets.has_tokenizer(recipe.preset):
-        raise InputError(f"{recipe.preset} has no tokenizer.model, so that it cannot read the data.")
+        raise InputError(
+            f"{recipe.preset} has no tokenizer, so that it cannot read the data: put its `tokenizer.model` there."
+        )
     variable_dtype = keras.dtype_policies.get(recipe.dtype or dtype).variable_dtype
     if recipe.train == "all":
         if variable_dtype != "float32":

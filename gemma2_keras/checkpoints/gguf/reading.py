@@ -13,7 +13,7 @@ from gemma2_keras.checkpoints.gguf.architecture import (
 )
 from gemma2_keras.checkpoints.gguf.container import read_container
 from gemma2_keras.checkpoints.gguf.norms import minus_one
-from gemma2_keras.checkpoints.gguf.tokenizer import find_stop_token_ids, sentencepiece_model
+from gemma2_keras.checkpoints.gguf.tokenizer import describes_tokenizer, find_stop_token_ids, sentencepiece_model
 from gemma2_keras.checkpoints.guard import shown, some
 from gemma2_keras.checkpoints.names import weight_map
 from gemma2_keras.config import Gemma2Config
@@ -72,6 +72,11 @@ class GgufCheckpoint:
         """The dtype of the matrices; float32 where they differ."""
         dtypes = {self._tensors[w.gguf].values.dtype.name for w in self._weights.values() if len(w.shape) == 2}
         return dtypes.pop() if len(dtypes) == 1 else "float32"
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the file has a tokenizer."""
+        return describes_tokenizer(self._keys)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:

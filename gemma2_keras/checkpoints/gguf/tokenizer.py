@@ -11,23 +11,28 @@ from typing import Any
 
 import gguf
 import numpy as np
-import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 
 from gemma2_keras.checkpoints.guard import shown
-from gemma2_keras.checkpoints.vocabulary import parse_model
+from gemma2_keras.checkpoints.vocabulary import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE_MARK,
+    SPECIAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    make_model,
+    parse_model,
+)
 from gemma2_keras.errors import CheckpointError
 
 # What a Modelfile of ours begins with.
 MODELFILE_MARK = "# Written by gemma2-keras together with the GGUF file below, and replaced with it."
-# The same numbers in both formats.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
-_KINDS = range(_NORMAL, _BYTE + 1)
+# The same numbers as in a SentencePiece model.
+_KINDS = range(NORMAL, BYTE + 1)
 # Pieces that text must not spell: llama.cpp's converter marks them so as well.
 _LOOKS_CONTROL = re.compile(r"<mask>|<2mass>|\[@BOS@\]|<unused\d+>|<(?:start|end)_of_turn>")
-# The ids that both formats have, by the names that Gemma's pieces have.
-_SPECIAL = {"bos": "<bos>", "eos": "<eos>", "unknown": "<unk>", "padding": "<pad>"}
-_SPACE_MARK = "\u2581"
 
 _PREFIX = "tokenizer.ggml."
 # Keys that say how text is split, and the values that mean what Gemma 2's tokenizer does.
@@ -70,7 +75,7 @@ class Vocabulary:
     def __init__(self, proto: bytes, rows: int, stop_token_ids: Sequence[int] | None) -> None:
         model = parse_model(proto)
         self._ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
-        missing = [name for name in _SPECIAL.values() if name not in self._ids]
+        missing = [name for name in SPECIAL.values() if name not in self._ids]
         if missing:
             raise ValueError(f"`proto` is no Gemma vocabulary: it lacks {', '.join(missing)}.")
         if len(model.pieces) > rows:
@@ -87,17 +92,17 @@ class Vocabulary:
             )
         self._end_of_turn = others[0] if others else None
         self._pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
-        self._pieces += [(f"[PAD{i}]", -1000.0, _UNUSED) for i in range(len(self._pieces), rows)]
+        self._pieces += [(f"[PAD{i}]", -1000.0, UNUSED) for i in range(len(self._pieces), rows)]
 
     def write(self, writer: gguf.GGUFWriter) -> None:
         """Add the keys to a file."""
-        kinds = [_CONTROL if _LOOKS_CONTROL.fullmatch(piece) else kind for piece, _, kind in self._pieces]
+        kinds = [CONTROL if _LOOKS_CONTROL.fullmatch(piece) else kind for piece, _, kind in self._pieces]
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         # llama.cpp looks for pieces that users define in the text as it is.
         writer.add_token_list(
             [
-                piece.replace(_SPACE_MARK, " ") if kind == _USER_DEFINED else piece
+                piece.replace(SPACE_MARK, " ") if kind == USER_DEFINED else piece
                 for (piece, _, _), kind in zip(self._pieces, kinds, strict=True)
             ]
         )
@@ -139,6 +144,11 @@ def find_stop_token_ids(keys: Mapping[str, Any], rows: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
+def describes_tokenizer(keys: Mapping[str, Any]) -> bool:
+    """Whether there is a tokenizer among the keys of a file, of whatever kind."""
+    return keys.get(f"{_PREFIX}model", "none") != "none"
+
+
 def sentencepiece_model(keys: Mapping[str, Any], rows: int) -> bytes | None:
     """A SentencePiece model that splits text as the file's tokenizer does; `None` where the file has none.
 
@@ -149,36 +159,19 @@ def sentencepiece_model(keys: Mapping[str, Any], rows: int) -> bytes | None:
     Raises:
         CheckpointError: if the tokenizer is of another kind than Gemma's, or its keys do not fit each other.
     """
-    if keys.get(f"{_PREFIX}model", "none") == "none":
+    if not describes_tokenizer(keys):
         return None
     _require_gemma(keys)
     pieces = _pieces(keys, rows)
     ids = {piece: i for i, (piece, _, _) in enumerate(pieces)}
-    for name, piece in _SPECIAL.items():
+    for name, piece in SPECIAL.items():
         key = f"{_PREFIX}{name}_token_id"
         if piece not in ids or keys.get(key, ids[piece]) != ids[piece]:
             raise CheckpointError(
                 f"`{key}` is {shown(keys.get(key))}, and the piece {piece} has id {ids.get(piece)}: this is no Gemma "
                 "vocabulary."
             )
-    model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
-    for piece, score, kind in pieces:
-        model.pieces.add(piece=piece, score=score, type=kind)
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    trainer.model_type, trainer.byte_fallback, trainer.vocab_size = trainer.BPE, True, len(pieces)
-    trainer.pad_id, trainer.eos_id, trainer.bos_id, trainer.unk_id = (
-        ids[piece] for piece in ("<pad>", "<eos>", "<bos>", "<unk>")
-    )
-    trainer.pad_piece, trainer.eos_piece, trainer.bos_piece, trainer.unk_piece = "<pad>", "<eos>", "<bos>", "<unk>"
-    normalizer.name, normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces = "identity", False, False
-    proto = model.SerializeToString()
-    try:
-        sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(proto)
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            "The tokens of the file make no SentencePiece model: some stand twice, or lack."
-        ) from error
-    return proto
+    return make_model(pieces)
 
 
 def _require_gemma(keys: Mapping[str, Any]) -> None:
@@ -204,15 +197,15 @@ def _pieces(keys: Mapping[str, Any], rows: int) -> list[tuple[str, float, int]]:
         raise CheckpointError(f"`{_PREFIX}token_type` is {shown(kinds)}; it must be {rows} whole numbers.")
     if not np.isfinite(scores).all() or not np.isin(kinds, _KINDS).all():
         raise CheckpointError(f"`{_PREFIX}scores` or `{_PREFIX}token_type` has numbers that mean nothing.")
-    while rows and kinds[rows - 1] == _UNUSED and tokens[rows - 1] == f"[PAD{rows - 1}]":
+    while rows and kinds[rows - 1] == UNUSED and tokens[rows - 1] == f"[PAD{rows - 1}]":
         rows -= 1
     pieces = []
     for token, score, kind in zip(tokens[:rows], scores.tolist(), kinds.tolist(), strict=False):
         if token == "<unk>":
-            kind = _UNKNOWN
-        elif kind == _CONTROL and token not in _SPECIAL.values():
-            kind = _USER_DEFINED
-        if kind == _USER_DEFINED:
-            token = token.replace(" ", _SPACE_MARK)
+            kind = UNKNOWN
+        elif kind == CONTROL and token not in SPECIAL.values():
+            kind = USER_DEFINED
+        if kind == USER_DEFINED:
+            token = token.replace(" ", SPACE_MARK)
         pieces.append((token, score, kind))
     return pieces

@@ -14,6 +14,7 @@ from pathlib import Path
 from gemma2_keras.checkpoints.guard import file_inside, read_json, some
 from gemma2_keras.checkpoints.own_file import OWN_FILE
 from gemma2_keras.checkpoints.saving import lock
+from gemma2_keras.checkpoints.tokenizer_json import TOKENIZER_JSON_FILE
 from gemma2_keras.checkpoints.transformers import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
@@ -33,13 +34,13 @@ class Layout:
     """The files of a preset beside its `config.json`.
 
     Attributes:
-        tokenizer: the SentencePiece model.
+        tokenizers: files that hold the tokenizer, each by itself.
         others: what else is no weights. A preset may lack these, and the tokenizer.
         index: names the files of weights, if they are several; no weights itself.
         weights: the file of weights, if it is one.
     """
 
-    tokenizer: str
+    tokenizers: tuple[str, ...]
     others: tuple[str, ...]
     index: str
     weights: str
@@ -47,17 +48,17 @@ class Layout:
     @property
     def settings(self) -> tuple[str, ...]:
         """All that is no weights, the index included."""
-        return (self.tokenizer, *self.others, self.index)
+        return (*self.tokenizers, *self.others, self.index)
 
 
 TRANSFORMERS = Layout(
-    TOKENIZER_FILE,
-    (OWN_FILE, GENERATION_CONFIG_FILE, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    (TOKENIZER_FILE, TOKENIZER_JSON_FILE),
+    (OWN_FILE, GENERATION_CONFIG_FILE),
     INDEX_FILE,
     WEIGHTS_FILE,
 )
 KERAS_HUB = Layout(
-    "assets/tokenizer/vocabulary.spm",
+    ("assets/tokenizer/vocabulary.spm",),
     ("tokenizer.json", "preprocessor.json", "task.json", "metadata.json"),
     "model.weights.json",
     "model.weights.h5",
@@ -73,6 +74,11 @@ def layout_of(folder: Path) -> Layout:
         CheckpointError: if the file is missing or broken.
     """
     return KERAS_HUB if "class_name" in read_json(folder / CONFIG_FILE) else TRANSFORMERS
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder with a configuration has a file of its tokenizer."""
+    return any((folder / name).is_file() for name in layout_of(folder).tokenizers)
 
 
 def weight_files(folder: Path) -> list[str]:

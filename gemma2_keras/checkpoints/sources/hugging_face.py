@@ -14,9 +14,9 @@ from gemma2_keras.checkpoints.sources.fetching import (
     causes,
     did_not_come,
     has_all,
+    has_tokenizer,
     is_gated,
     lacks_weights,
-    layout_of,
     weight_files,
 )
 from gemma2_keras.checkpoints.transformers import CONFIG_FILE
@@ -59,13 +59,10 @@ def fetch(handle: str, weights: bool) -> Path:
 
 
 def cached(handle: str, weights: bool) -> Path | None:
-    """The folder of a repository if configuration, tokenizer and, if wanted, weights are in the cache; asks nobody.
-
-    Other programs fetch file by file, and often another file of the tokenizer.
-    """
+    """The folder of a repository if configuration, tokenizer and, if wanted, weights are in the cache; asks nobody."""
     repository, revision = _parse(handle)
     folder = _held(repository, revision, SETTINGS)
-    if folder is None or not has_all(folder, weights) or not (folder / layout_of(folder).tokenizer).is_file():
+    if folder is None or not has_all(folder, weights) or not has_tokenizer(folder):
         return None
     return folder
 

@@ -115,8 +115,8 @@ def _usable(handle: str, weights: bool) -> Path | None:
         return folder
     for folder in _version_folders(handle):
         if _holds(folder, CONFIG_FILE):
-            needed = [layout_of(folder).tokenizer, *(weight_files(folder) if weights else [])]
-            if all(_holds(folder, name) for name in needed):
+            tokenizer = any(_holds(folder, name) for name in layout_of(folder).tokenizers)
+            if tokenizer and all(_holds(folder, name) for name in (weight_files(folder) if weights else [])):
                 return folder
     return None
 

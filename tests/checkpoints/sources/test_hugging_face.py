@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import types
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -376,11 +377,17 @@ def test_cached_asks_nothing_and_knows_what_is_missing(server):
 
 
 def test_a_cache_that_another_program_filled_is_completed(server):
-    for name in ("config.json", "tokenizer.json", "model.safetensors.index.json", *WEIGHTS):
+    for name in ("config.json", "model.safetensors.index.json", *WEIGHTS):
         huggingface_hub.hf_hub_download("someone/model", name)
     assert hugging_face.cached("someone/model", True) is None
     folder = resolve("hf://someone/model")
     assert names(folder) == SMALL | WEIGHTS
+    assert hugging_face.cached("someone/model", True) == folder
+
+
+def test_a_cache_that_transformers_filled_is_enough(server):
+    for name in ("config.json", "tokenizer.json", "model.safetensors.index.json", *WEIGHTS):
+        folder = Path(huggingface_hub.hf_hub_download("someone/model", name)).parent
     assert hugging_face.cached("someone/model", True) == folder
 
 
