@@ -275,7 +275,7 @@ def stop_ids_of(stop_token_ids: Any, tokenizer: Any, vocabulary_size: int) -> tu
     if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
         if tokenizer is None:
             raise InputError(
-                'Without a preprocessor, `stop_token_ids="auto"` has no meaning: give ids, or None to fill up.'
+                'Without a preprocessor, `stop_token_ids="auto"` has no meaning: give ids, or None to go on to the end.'
             )
         return tokenizer.stop_token_ids
     ids = to_python(stop_token_ids)
@@ -313,8 +313,9 @@ def check_verbose(verbose: Any) -> None:
         raise InputError(f'`verbose` must be 0, 1 or "auto"; given {verbose!r}.')
 
 
-def arrays_of(rows: list[list[int]], made: list[list[int]], shape: tuple[int, int], strip_prompt: bool) -> dict:
+def arrays_of(rows: list[list[int]], made: list[list[int]], width: int, strip_prompt: bool) -> dict:
     """Rows and what follows them as arrays padded on the right; the mask is true up to each row's end."""
+    shape = len(rows), width
     output = {"token_ids": np.zeros(shape, "int32"), "padding_mask": np.zeros(shape, bool)}
     for i, (row, new) in enumerate(zip(rows, made, strict=True)):
         kept = new if strip_prompt else row + new

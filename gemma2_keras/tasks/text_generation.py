@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from typing import Any
@@ -60,10 +59,9 @@ class TextGeneration(keras_hub.models.CausalLM):
 
         Args:
             inputs: a prompt, a list of them, `{"prompts": …}`, or a `tf.data.Dataset` of prompts or batches of them;
-                without a preprocessor, `{"token_ids": (B, L), "padding_mask": (B, L)}`, padded on the right to the
-                length to fill.
+                without a preprocessor, `{"token_ids": (B, L), "padding_mask": (B, L)}`.
             max_length: tokens of prompt and continuation together; by default the preprocessor's `sequence_length`,
-                or the context of the model if that is shorter. Without a preprocessor it is L.
+                or the context of the model if that is shorter. Without a preprocessor it is L: the padding is filled.
             stop_token_ids: ids that end a continuation; `"auto"` is `<eos>` and `<end_of_turn>`, `None` is none.
             strip_prompt: whether to return the continuation alone.
             max_new_tokens: tokens of the continuation, instead of `max_length`.
@@ -79,7 +77,8 @@ class TextGeneration(keras_hub.models.CausalLM):
 
         Returns:
             A string for a prompt, a list of strings for a list. Without a preprocessor, a dictionary of (B, L) NumPy
-            arrays; the padding mask is true up to and including the token that ended the row.
+            arrays, wider than L where what was asked for is; the padding mask is true up to and including the token
+            that ended the row.
 
         Raises:
             InputError: if there is no prompt, an empty one, one that leaves no room within `max_length` or the
@@ -99,7 +98,7 @@ class TextGeneration(keras_hub.models.CausalLM):
         generating.check_verbose(verbose)
         if hasattr(inputs, "as_numpy_iterator"):
             inputs = _joined(list(inputs.as_numpy_iterator()))
-        single, shape = False, (0, 0)
+        single, width = False, 0
         if self.preprocessor is None:
             check_token_inputs(inputs, self.backbone.config.vocabulary_size)
             if is_traced(inputs["token_ids"]):
@@ -107,16 +106,16 @@ class TextGeneration(keras_hub.models.CausalLM):
             inputs = {name: np.asarray(to_python(inputs[name])) for name in ("token_ids", "padding_mask")}
             if stop:
                 raise InputError("`stop` needs a preprocessor, which knows what text the tokens are.")
-            rows, shape = generating.rows_of(inputs), tuple(inputs["token_ids"].shape)
+            rows, width = generating.rows_of(inputs), inputs["token_ids"].shape[1]
+            if max_length is None and max_new_tokens is None:
+                max_length = width
         else:
             rows, single = self.preprocessor.encode_prompts(inputs)
-        bounds = (max_length, max_new_tokens) if self.preprocessor is not None else (shape[1], None)
-        request, assembler = self._request(rows, *bounds, stop_token_ids, stop, seed, sampling)
-        if self.preprocessor is None and max_new_tokens is not None:
-            request = dataclasses.replace(request, limits=[min(limit, max_new_tokens) for limit in request.limits])
+        request, assembler = self._request(rows, max_length, max_new_tokens, stop_token_ids, stop, seed, sampling)
         made, stats = generating.run(self._engine, request, assembler, self._searched(request), verbose)
         if self.preprocessor is None:
-            result = generating.arrays_of(rows, [row.ids for row in made], shape, strip_prompt)
+            width = max(width, *(len(row) + limit for row, limit in zip(rows, request.limits, strict=True)))
+            result = generating.arrays_of(rows, [row.ids for row in made], width, strip_prompt)
         else:
             texts = [row.text for row in made]
             if not strip_prompt:

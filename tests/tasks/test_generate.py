@@ -284,6 +284,20 @@ def test_statistics_of_arrays(bare, cat):
     assert (stats.prompt_tokens, stats.new_tokens, stats.finish_reasons) == (len(cat), 4, ("length",))
 
 
+def test_limits_make_room_for_bare_token_ids(bare, cat, likely):
+    ids = np.array([cat, [*cat[:2], *[0] * (len(cat) - 2)]])
+    given = {"token_ids": ids, "padding_mask": ids > 0}
+    with pytest.raises(InputError, match="leaves no room within"):
+        bare.generate(given, stop_token_ids=None)
+    made = bare.generate(given, stop_token_ids=None, max_new_tokens=4)
+    assert made["token_ids"][0].tolist() == [*cat, *likely[:4]]
+    assert made["padding_mask"].sum(axis=1).tolist() == [len(cat) + 4, 6]
+    made = bare.generate(given, stop_token_ids=None, max_length=len(cat) + 3)
+    assert made["token_ids"].shape == (2, len(cat) + 3)
+    assert made["token_ids"][0].tolist() == [*cat, *likely[:3]]
+    assert made["padding_mask"].all()
+
+
 # Many prompts
 
 
