@@ -94,8 +94,16 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
+    try:
+        module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("jax", "tensorflow", "torch"):
+            raise
+        raise ImportError(
+            f"The backend of Keras is {error.name}, which is not installed: pip install 'gemma2-keras[{error.name}]', "
+            "or set the environment variable KERAS_BACKEND to one that is, before Python starts."
+        ) from error
+    value = globals()[name] = getattr(module, name)
     return value
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from gemma2_keras import __version__
@@ -25,6 +26,16 @@ for line in sys.stdin.buffer:
         sys.stderr.flush()
 """
 
+# What messages say to who writes Python, and what that is here.
+_WORDS = {
+    "`check_finite=False`": "`--no-check-finite`",
+    "`gemma2_keras.list_presets()`": "`gemma2-keras presets`",
+    "`from_preset` takes folders and handles, too.": "Folders and handles are taken, too.",
+    "`max_new_tokens`": "`--max-new-tokens`",
+    "`dtype`": "`--dtype`",
+    "`save_to_preset` keeps it.": "",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; what goes wrong is one line on standard error.
@@ -36,15 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 if the command failed, 130 if it was interrupted. Unusable arguments exit with 2.
     """
     _open_streams()
+    # A terminal that cannot show a character of the text shows its code instead.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     options.words = sys.argv[1:] if arguments is None else list(arguments)
     # Keras and TensorFlow read these once, when they are first imported.
     if options.backend:
         os.environ["KERAS_BACKEND"] = options.backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # A terminal that cannot show a character of the text shows its code instead.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         options.run(options)
         # A reader who left is noticed here, not when the interpreter ends.
@@ -54,10 +66,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, ImportError, MemoryError) as error:
-        print(f"gemma2-keras: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+        print(f"gemma2-keras: {_line(error) or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
+
+
+def _line(message: object) -> str:
+    """A message in one line, with the words of the command line in place of Python's."""
+    line = " ".join(str(message).split())
+    for python, here in _WORDS.items():
+        line = line.replace(python, here)
+    return line
 
 
 @contextlib.contextmanager
@@ -235,6 +255,8 @@ def _chat(options: argparse.Namespace) -> None:
         try:
             text = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
+            if sys.stdin.isatty():
+                print()
             return
         except UnicodeDecodeError as error:
             print(f"gemma2-keras: that line is not UTF-8 text ({error.reason}).", file=sys.stderr)
@@ -263,11 +285,15 @@ def _reply(chat: Any, text: str, stats: bool) -> None:
 def _convert(options: argparse.Namespace) -> None:
     with quiet_imports():
         from gemma2_keras.checkpoints.exporting import convert
+        from gemma2_keras.checkpoints.gguf.writing import modelfile_of
 
     given = {name: getattr(options, name) for name in ("dtype", "adapter", "check_finite")}
     with _warnings_in_a_line():
         convert(options.source, options.target, options.to, **given)
     print(options.target)
+    modelfile = modelfile_of(Path(options.target))
+    if options.to == "gguf" and modelfile.exists():
+        print(f"gemma2-keras: for Ollama there is {modelfile}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -275,7 +301,7 @@ def _warnings_in_a_line() -> Iterator[None]:
     """Show a warning as an error is shown: without the place in the code that it comes from."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"gemma2-keras: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        print(f"gemma2-keras: warning: {_line(message)}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)

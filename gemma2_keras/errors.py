@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 
 
@@ -26,6 +28,14 @@ class WontFit(MemoryError):  # noqa: N818
     >>> issubclass(WontFit, MemoryError)
     True
     """
+
+
+def warn(message: str) -> None:
+    """Give a `UserWarning` at the line that called this package, be it through Keras."""
+    level, frame, inside = 1, sys._getframe(), ("gemma2_keras", "keras")
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def nearest(name: str, names: Iterable[str], most: int = 3) -> str:

@@ -107,7 +107,7 @@ def test_a_seed_makes_a_random_text_repeatable(preset, capsys):
         (["The cat", "--preset", "./absent"], "There is no folder absent"),
         (["The cat", "--preset", ""], "`preset` is empty"),
         (["", "--preset", "PRESET"], "0 is an empty string"),
-        (["The cat", "--preset", "PRESET", "--max-new-tokens", "0"], "`max_new_tokens` must be a whole number"),
+        (["The cat", "--preset", "PRESET", "--max-new-tokens", "0"], "`--max-new-tokens` must be a whole number"),
         (["The cat", "--preset", "PRESET", "--sampler", "zebra"], "`sampler` must be one of beam,"),
         (["The cat", "--preset", "PRESET", "--dtype", "zebra"], "zebra"),
         (["The cat " * 100, "--preset", "PRESET"], "leaves no room within 96"),
@@ -457,7 +457,7 @@ def test_convert_writes_what_was_asked_for(tmp_path, capsys, to, out, dtype):
 def test_convert_says_what_is_wrong_in_one_line(tmp_path, capsys):
     arguments = ["convert", "gemma2_tiny_en", str(tmp_path / "out"), "--to", "keras-hub", "--dtype", "q8_0"]
     assert main(arguments) == 1
-    assert capsys.readouterr().err.startswith("gemma2-keras: `dtype` must be float32, bfloat16, float16")
+    assert capsys.readouterr().err.startswith("gemma2-keras: `--dtype` must be float32, bfloat16, float16")
     assert main(["convert", str(tmp_path / "absent"), str(tmp_path / "out"), "--to", "gguf"]) == 1
     assert "There is no folder" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gemma2_keras.checkpoints.guard import file_inside, read_json, some
+from gemma2_keras.checkpoints.guard import file_inside, read_json, shown, some
 from gemma2_keras.checkpoints.saving import replacing_folder, restore_folder, write_json
 from gemma2_keras.checkpoints.tensor_files import TensorFile, write_tensors
 from gemma2_keras.errors import CheckpointError
@@ -84,10 +84,13 @@ _READ = {
     "layers_to_transform",
     "layers_pattern",
 }
+_LARGEST_ALPHA = 10**300
 # An expression of these characters alone is quick whatever it says.
 _PLAIN = re.compile(r"[\w.^$\\-]*")
 # Others are foreign code, in effect: they run in a process of their own, which can be ended.
 _SECONDS = 10
+# Characters; what is longer is slow to compile. One pattern for each module of a model has 20,000.
+_LONGEST = 100_000
 _MATCHER = """
 import json, re, sys
 expressions, names = json.load(sys.stdin)
@@ -115,20 +118,23 @@ class StoredAdapter(NamedTuple):
                 layers[module].adapters[name].variables[part].assign(numbers)
 
 
-def read_adapter(folder: str | os.PathLike, shapes: Mapping[str, tuple[int, ...]]) -> StoredAdapter:
+def read_adapter(
+    folder: str | os.PathLike, shapes: Mapping[str, tuple[int, ...]], check_finite: bool = True
+) -> StoredAdapter:
     """What PEFT, or `write_adapter`, saved in a folder, if it fits a model.
 
     Args:
         folder: holds `adapter_config.json` and `adapter_model.safetensors`.
         shapes: of the model's projections, by module.
+        check_finite: whether numbers that are NaN or infinite are refused.
 
     Raises:
         CheckpointError: if a file is missing, truncated or broken, the configuration asks for what is not implemented,
             or a tensor is missing, extra, misshapen or of a dtype other than float32, bfloat16 and float16.
     """
-    if not isinstance(folder, str | os.PathLike):
+    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
         raise TypeError(f"The folder of an adapter must be a path; given {folder!r}.")
-    path = Path(folder)
+    path = Path(os.path.expanduser(folder))
     restore_folder(path)
     if not path.is_dir():
         raise CheckpointError(f"There is no folder {path}.")
@@ -164,7 +170,12 @@ def read_adapter(folder: str | os.PathLike, shapes: Mapping[str, tuple[int, ...]
             )
         file.require_known(name)
     for name, (module, part, _) in expected.items():
-        weights[module][part] = file.read(name).astype("float32")
+        numbers = weights[module][part] = file.read(name).astype("float32")
+        if check_finite and not np.isfinite(numbers).all():
+            raise CheckpointError(
+                f"Tensor {name!r} holds numbers that are not finite (NaN or infinity): the adapter is damaged, or its "
+                "training diverged."
+            )
     return StoredAdapter(specs, weights)
 
 
@@ -264,13 +275,13 @@ def parse_config(config: dict[str, Any], modules: list[str]) -> dict[str, LowRan
         # By type too: 1 equals True.
         if key in config and not any(type(config[key]) is type(a) and config[key] == a for a in allowed):
             raise CheckpointError(
-                f"`{key}` in {CONFIG_FILE} is {config[key]!r}, which is not implemented; allowed: "
+                f"`{key}` in {CONFIG_FILE} is {shown(config[key])}, which is not implemented; allowed: "
                 f"{', '.join(map(repr, allowed))}."
             )
-    unknown = sorted(set(config) - _READ - _FIXED.keys() - _HARMLESS)
+    unknown = set(config) - _READ - _FIXED.keys() - _HARMLESS
     if unknown:
         raise CheckpointError(
-            f"{CONFIG_FILE} has `{'`, `'.join(unknown)}`, unknown here: it could change what the adapter computes. If "
+            f"{CONFIG_FILE} has {some(unknown)}, unknown here: it could change what the adapter computes. If "
             "you know that it does not, remove it from the file."
         )
     ranks, alphas = (_by_pattern(config, key, modules) for key in ("rank_pattern", "alpha_pattern"))
@@ -278,8 +289,10 @@ def parse_config(config: dict[str, Any], modules: list[str]) -> dict[str, LowRan
     specs = {}
     for module in _targets(config, modules):
         rank, alpha = ranks.get(module, config["r"]), alphas.get(module, config["lora_alpha"])
-        if alpha is None:
-            raise CheckpointError(f"`lora_alpha` or `alpha_pattern` in {CONFIG_FILE} must be numbers; one is null.")
+        if alpha is None or (isinstance(alpha, int) and abs(alpha) > _LARGEST_ALPHA):
+            raise CheckpointError(
+                f"`lora_alpha` or `alpha_pattern` in {CONFIG_FILE} must be numbers; one is {shown(alpha)}."
+            )
         try:
             specs[module] = LowRank(rank, alpha, config.get("lora_dropout", 0.0), **flags)
         except ValueError as error:
@@ -298,10 +311,14 @@ def _targets(config: dict[str, Any], modules: list[str]) -> list[str]:
             raise CheckpointError(f"`layers_to_transform` in {CONFIG_FILE} needs a list as `target_modules`.")
         indices = layers if isinstance(layers, list) else [layers]
         if not all(type(index) is int for index in indices):
-            raise CheckpointError(f"`layers_to_transform` in {CONFIG_FILE} must be whole numbers; it is {layers!r}.")
+            raise CheckpointError(
+                f"`layers_to_transform` in {CONFIG_FILE} must be whole numbers; it is {shown(layers)}."
+            )
         patterns = config.get("layers_pattern") or ["layers"]
-        if "layers" not in ([patterns] if isinstance(patterns, str) else patterns):
-            raise CheckpointError(f'`layers_pattern` in {CONFIG_FILE} is {patterns!r}; only "layers" is implemented.')
+        if patterns != "layers" and not (isinstance(patterns, list) and "layers" in patterns):
+            raise CheckpointError(
+                f'`layers_pattern` in {CONFIG_FILE} is {shown(patterns)}; only "layers" is implemented.'
+            )
         wanted = {f"model.layers.{index}." for index in indices}
         chosen = [name for name in chosen if name.startswith(tuple(wanted))]
     excluded = config.get("exclude_modules")
@@ -314,7 +331,9 @@ def _targets(config: dict[str, Any], modules: list[str]) -> list[str]:
             f"`target_modules` in {CONFIG_FILE} takes in {refused[0]}; adapters of projections alone are implemented."
         )
     if not chosen:
-        raise CheckpointError(f"`target_modules` in {CONFIG_FILE} matches no projection of the model: {targets!r}.")
+        raise CheckpointError(
+            f"`target_modules` in {CONFIG_FILE} matches no projection of the model: {shown(targets)}."
+        )
     return chosen
 
 
@@ -324,7 +343,9 @@ def _matching(targets: Any, key: str, names: list[str]) -> list[str]:
         found = _matched([targets], names, key)[0]
         return [name for name in names if name in found]
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise CheckpointError(f"`{key}` in {CONFIG_FILE} must be a string or a list of strings; it is {targets!r}.")
+        raise CheckpointError(
+            f"`{key}` in {CONFIG_FILE} must be a string or a list of strings; it is {shown(targets)}."
+        )
     wanted = set(targets)
     return [name for name in names if any(end in wanted for end in _ends(name))]
 
@@ -339,7 +360,7 @@ def _by_pattern(config: dict[str, Any], key: str, modules: list[str]) -> dict[st
     """The values that some modules have, chosen by regular expressions; the first that matches counts."""
     patterns = config.get(key) or {}
     if not isinstance(patterns, dict):
-        raise CheckpointError(f"`{key}` in {CONFIG_FILE} must be an object; it is {patterns!r}.")
+        raise CheckpointError(f"`{key}` in {CONFIG_FILE} must be an object; it is {shown(patterns)}.")
     values: dict[str, Any] = {}
     for value, found in zip(patterns.values(), _matched(list(patterns), modules, key, "(.*\\.)?({})$"), strict=True):
         values = {**dict.fromkeys(found, value), **values}
@@ -348,6 +369,11 @@ def _by_pattern(config: dict[str, Any], key: str, modules: list[str]) -> dict[st
 
 def _matched(expressions: list[str], names: list[str], key: str, within: str = "{}") -> list[set[str]]:
     """The names that each expression of a file matches as a whole, once it is put in the place of `{}`."""
+    if sum(map(len, expressions)) > _LONGEST:
+        raise CheckpointError(
+            f"`{key}` in {CONFIG_FILE} has expressions of more than {_LONGEST:,} characters: write the names of the "
+            "modules."
+        )
     whole = [within.replace("{}", text) for text in expressions]
     for text in whole:
         try:

@@ -90,8 +90,12 @@ class ConvertedCheckpoint:
         self._checkpoint = checkpoint
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor."""
-        return converted(self._checkpoint.read(name), self.dtype)
+        """One tensor.
+
+        Raises:
+            ValueError: if it holds numbers that the dtype cannot hold.
+        """
+        return _fitting(name, self._checkpoint.read(name), self.dtype)
 
 
 class WatchedCheckpoint:
@@ -159,10 +163,13 @@ def load_into(backbone: Any, checkpoint: Checkpoint) -> None:
     Args:
         backbone: a `Gemma2Backbone` of the checkpoint's architecture.
         checkpoint: its weights; those of another dtype than the backbone's are converted.
+
+    Raises:
+        ValueError: if they hold numbers that the backbone's dtype cannot hold.
     """
     for name, weight in weight_map(checkpoint.config).items():
         variable = weight.variable_of(backbone)
-        fill(variable, converted(checkpoint.read(name), keras.backend.standardize_dtype(variable.dtype)))
+        fill(variable, _fitting(name, checkpoint.read(name), keras.backend.standardize_dtype(variable.dtype)))
 
 
 def shards_of(checkpoint: Checkpoint, max_shard_size: float | None) -> list[list[str]]:
@@ -183,6 +190,15 @@ def shards_of(checkpoint: Checkpoint, max_shard_size: float | None) -> list[list
         shards[-1].append(name)
         size += nbytes
     return shards
+
+
+def _fitting(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
+    """A tensor in a dtype, if that can hold its numbers; float16 ends early."""
+    with np.errstate(over="ignore"):
+        result = converted(value, dtype)
+    if result is not value and dtype == "float16" and not is_finite(result) and is_finite(value):
+        raise ValueError(f"{name!r} has numbers that float16 cannot hold; choose `dtype` bfloat16 or float32.")
+    return result
 
 
 def converted(value: np.ndarray, dtype: str) -> np.ndarray:

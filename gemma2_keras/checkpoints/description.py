@@ -86,7 +86,7 @@ def as_list(presets: Sequence[Preset]) -> Any:
             f"{preset.parameters:,}",
             readable(preset.parameters * precision(preset.dtype).weight),
             preset.dtype,
-            "included" if preset.folder is not None else "download",
+            "included" if preset.folder is not None else "download" if preset.is_text_model else "not yet",
         )
         for preset in presets
     ]

@@ -11,14 +11,19 @@ import numpy as np
 from gemma2_keras.checkpoints.adapters import StoredAdapter, read_adapter, write_adapter_files
 from gemma2_keras.checkpoints.contents import Checkpoint, ConvertedCheckpoint, WatchedCheckpoint
 from gemma2_keras.checkpoints.gguf.writing import write_gguf
-from gemma2_keras.checkpoints.hub import resolve
 from gemma2_keras.checkpoints.keras_hub.settings import METADATA_FILE
-from gemma2_keras.checkpoints.keras_hub.writing import write_keras_hub
+from gemma2_keras.checkpoints.keras_hub.writing import is_of_keras_hub, write_keras_hub
 from gemma2_keras.checkpoints.names import projections
-from gemma2_keras.checkpoints.own_file import FORMAT, OWN_FILE
-from gemma2_keras.checkpoints.presets import check_shard_size, is_ours, write_model, write_settings
+from gemma2_keras.checkpoints.own_file import FORMAT, HAS_ADAPTER, OWN_FILE
+from gemma2_keras.checkpoints.presets import (
+    ADAPTER_FOLDER,
+    check_shard_size,
+    opened,
+    ours_in,
+    write_model,
+    write_settings,
+)
 from gemma2_keras.checkpoints.saving import replacing_folder, write_json
-from gemma2_keras.checkpoints.stored import open_stored
 from gemma2_keras.checkpoints.tokenizer_files import write_tokenizer
 from gemma2_keras.config import Gemma2Config
 from gemma2_keras.layers.low_rank import merged
@@ -27,8 +32,6 @@ from gemma2_keras.preprocessing.tokenizer import Gemma2Tokenizer
 
 FORMATS = ("transformers", "keras-hub", "gguf")
 DTYPES = ("float32", "bfloat16", "float16")
-# Within an exported folder, an adapter that is not merged.
-ADAPTER_FOLDER = "adapter"
 
 
 class AdaptedCheckpoint:
@@ -80,16 +83,17 @@ def export_transformers(
     _check_dtype(dtype, DTYPES)
     check_shard_size(max_shard_size)
     _check_config(checkpoint.config)
-    with replacing_folder(folder, OWN_FILE, lambda name: is_ours(name) or name == ADAPTER_FOLDER) as beside:
+    with replacing_folder(folder, OWN_FILE, ours_in(folder)) as beside:
         own: dict[str, Any] = {"format": FORMAT}
         own |= write_model(beside, ConvertedCheckpoint(checkpoint, dtype), max_shard_size)
         if preprocessor is not None:
             write_tokenizer(beside, preprocessor.tokenizer)
             own |= write_settings(beside, preprocessor.tokenizer, preprocessor)
-        write_json(beside / OWN_FILE, own)
         if adapted is not None:
+            own[HAS_ADAPTER] = True
             (beside / ADAPTER_FOLDER).mkdir()
             write_adapter_files(beside / ADAPTER_FOLDER, *adapted)
+        write_json(beside / OWN_FILE, own)
 
 
 def _check_config(config: Gemma2Config) -> None:
@@ -131,18 +135,16 @@ def export_keras_hub(
     if preprocessor is not None:
         names = ("sequence_length", "add_start_token", "add_end_token")
         settings = {"proto": preprocessor.tokenizer.proto, **{name: getattr(preprocessor, name) for name in names}}
-    with replacing_folder(folder, METADATA_FILE, _is_keras_hubs, "KerasHub preset") as beside:
+    with replacing_folder(folder, METADATA_FILE, is_of_keras_hub, "KerasHub preset") as beside:
         write_keras_hub(beside, ConvertedCheckpoint(checkpoint, dtype), max_shard_size=max_shard_size, **settings)
-
-
-def _is_keras_hubs(name: str) -> bool:
-    return name == "assets" or name.endswith((".json", ".weights.h5"))
 
 
 def export_gguf(
     path: str | os.PathLike, checkpoint: Checkpoint, preprocessor: Any = None, *, dtype: str | None = None
 ) -> None:
     """Write a GGUF file, and a `Modelfile` beside it; see `gguf.write_gguf`."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise TypeError(f"The file to write must be a path; given {path!r}.")
     proto = None if preprocessor is None else preprocessor.tokenizer.proto
     stop_ids: Sequence[int] | None = None if preprocessor is None else preprocessor.tokenizer.stop_token_ids
     write_gguf(path, checkpoint, proto, dtype=dtype, stop_token_ids=stop_ids)
@@ -182,15 +184,14 @@ def convert(
         raise ValueError(f"`to` must be one of {', '.join(FORMATS)}; given {to!r}.")
     if to != "gguf":
         _check_dtype(dtype, DTYPES)
-    stored = open_stored(resolve(source))
+    stored, config, contents = opened(source)
     proto, preprocessor = stored.proto(), None
     if proto is not None:
         tokenizer = Gemma2Tokenizer(proto, **stored.settings("tokenizer"))
         preprocessor = Gemma2CausalLMPreprocessor(tokenizer, **stored.settings("preprocessor"))
-    with WatchedCheckpoint(stored.checkpoint(), "Converting", check_finite) as checkpoint:
-        contents: Checkpoint = checkpoint
-        if adapter is not None:
-            contents = AdaptedCheckpoint(contents, read_adapter(adapter, projections(contents.config)))
+    if adapter is not None:
+        contents = AdaptedCheckpoint(contents, read_adapter(adapter, projections(config), check_finite))
+    with WatchedCheckpoint(contents, "Converting", check_finite) as contents:
         if to == "gguf":
             export_gguf(target, contents, preprocessor, dtype=dtype)
         elif to == "keras-hub":

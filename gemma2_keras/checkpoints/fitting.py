@@ -8,7 +8,6 @@ import math
 import os
 import shlex
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ import keras
 
 from gemma2_keras.checkpoints.catalogue import Preset, describe_preset, list_presets
 from gemma2_keras.checkpoints.description import Section, as_table, html_table, plain_text
+from gemma2_keras.checkpoints.guard import shown
 from gemma2_keras.config import Gemma2Config, VisionConfig
-from gemma2_keras.errors import PresetError, WontFit
+from gemma2_keras.errors import PresetError, WontFit, warn
 from gemma2_keras.kernels import STATIC_SHAPES
 from gemma2_keras.layers.low_rank import LowRank
 from gemma2_keras.memory import available_bytes
@@ -41,6 +41,8 @@ from gemma2_keras.sizes import (
 CHECK = "GEMMA2_KERAS_MEMORY_CHECK"
 # Tokens of the shortest conversation worth loading a model for.
 _SHORT = 512
+# Rows or tokens that are believed.
+_MOST = 10**9
 # Share of the memory that should be left for what runs beside the weights.
 _SPARE = 0.1
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -149,8 +151,11 @@ def estimate_memory(
     dtype = usual if dtype is None else dtype
     sizes = precision(dtype)
     for argument, value in (("batch", batch), ("context", config.context_length if context is None else context)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{argument}` must be a whole number of at least 1; given {value!r}.")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST:
+            raise ValueError(f"`{argument}` must be a whole number from 1 to {_MOST:,}; given {shown(value)}.")
+    for argument, value in (("train", train), ("remat", remat)):
+        if not isinstance(value, bool):
+            raise ValueError(f"`{argument}` must be True or False; given {shown(value)}.")
     length = config.context_length if context is None else context
     if length > config.context_length:
         raise ValueError(f"`context` is {length}; the model is made for {config.context_length} tokens.")
@@ -221,11 +226,10 @@ def require_fit(
     tokens = min(_SHORT, config.context_length)
     needed = weights + cache_bytes(config, 1, tokens, dtype) + 2 * config.vocabulary_size * 4
     if needed > (1 - _SPARE) * free:
-        warnings.warn(
+        warn(
             f"{_called(name)} needs {readable(needed)} in {_name(dtype)} for its weights and a short conversation, and "
             f"{readable(free)} of the memory of the {where} are free. "
-            f"{_instead(config, vision, sizes.weight, name, free)}",
-            stacklevel=2,
+            f"{_instead(config, vision, sizes.weight, name, free)}"
         )
 
 

@@ -85,7 +85,7 @@ def _of_catalogue(entry: Preset, weights: bool) -> Path:
 
 
 def _local(text: str) -> Path:
-    path = Path(text)
+    path = Path(os.path.expanduser(text))
     if len(text) > 4096 or "\0" in text:
         raise PresetError(f"{text[:40]!r}… leads to no preset: it is {len(text)} characters long, or holds a NUL.")
     try:

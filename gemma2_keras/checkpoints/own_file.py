@@ -9,6 +9,8 @@ from gemma2_keras.checkpoints.guard import file_inside, read_json, shown, some
 from gemma2_keras.errors import CheckpointError
 
 OWN_FILE = "gemma2_keras.json"
+# Its key for whether an adapter lies beside the weights.
+HAS_ADAPTER = "adapter"
 FORMAT = 1
 TOKENIZER_SETTINGS = {"parse_special": bool}
 PREPROCESSOR_SETTINGS = {"sequence_length": int, "add_start_token": bool, "add_end_token": bool}
@@ -39,7 +41,9 @@ def own_settings(folder: Path) -> dict[str, Any]:
     dropout = own.get("dropout", 0.0)
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise CheckpointError(f"`dropout` in {path} must be at least 0 and below 1; it is {shown(dropout)}.")
-    unknown = set(own) - {"format", "dropout", *_PARTS}
+    if not isinstance(own.get(HAS_ADAPTER, False), bool):
+        raise CheckpointError(f"`{HAS_ADAPTER}` in {path} must be true or false; it is {shown(own[HAS_ADAPTER])}.")
+    unknown = set(own) - {"format", "dropout", HAS_ADAPTER, *_PARTS}
     if unknown:
         raise CheckpointError(f"{path} has unknown keys: {some(unknown)}.")
     return own

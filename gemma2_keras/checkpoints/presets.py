@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gemma2_keras.checkpoints.adapters import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from gemma2_keras.checkpoints.adapters import WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
 from gemma2_keras.checkpoints.catalogue import describe_preset, list_presets
 from gemma2_keras.checkpoints.contents import Checkpoint, LiveCheckpoint, WatchedCheckpoint, load_into
 from gemma2_keras.checkpoints.fitting import require_fit
 from gemma2_keras.checkpoints.hub import resolve
 from gemma2_keras.checkpoints.own_file import (
     FORMAT,
+    HAS_ADAPTER,
     OWN_FILE,
     PREPROCESSOR_SETTINGS,
     TOKENIZER_SETTINGS,
     own_settings,
 )
 from gemma2_keras.checkpoints.saving import replacing_folder, write_json
-from gemma2_keras.checkpoints.stored import open_stored
+from gemma2_keras.checkpoints.stored import Stored, open_stored
 from gemma2_keras.checkpoints.tokenizer_files import TOKENIZER_CONFIG_FILE, TOKENIZER_JSON_FILE
 from gemma2_keras.checkpoints.transformers import (
     CONFIG_FILE,
@@ -31,6 +36,13 @@ from gemma2_keras.checkpoints.transformers import (
 from gemma2_keras.config import Gemma2Config
 from gemma2_keras.errors import CheckpointError
 from gemma2_keras.layers.initialization import awaiting_weights
+
+_WEIGHTS = re.compile(r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors")
+# Within an exported folder, an adapter that is not merged: the folder, and the files in it.
+ADAPTER_FOLDER = "adapter"
+_ADAPTER = {f"{ADAPTER_FOLDER}/{name}" for name in ("", ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE)}
+# How often a preset is opened anew that is replaced meanwhile.
+_TRIES = 5
 
 
 def load_backbone(
@@ -47,8 +59,7 @@ def load_backbone(
     if not load_weights:
         return cls(**stored.config().to_dict(), dtype=dtype or kept or "float32")
     # Read and checked whole before anything is allocated.
-    stored = open_stored(resolve(preset))
-    config, checkpoint = stored.config(), stored.checkpoint()
+    _, config, checkpoint = opened(preset)
     dtype = dtype or kept or checkpoint.dtype
     if name is None:
         require_fit(config, dtype)
@@ -58,6 +69,37 @@ def load_backbone(
             backbone = cls(**config.to_dict(), dtype=dtype)
         load_into(backbone, watched)
     return backbone
+
+
+def opened(preset: Any) -> tuple[Stored, Gemma2Config, Checkpoint]:
+    """A preset with its architecture and its weights, checked and not read: those of one save, whoever saves meanwhile.
+
+    Raises:
+        PresetError: if it leads nowhere.
+        CheckpointError: if it is no whole checkpoint, or is replaced again and again.
+    """
+    for _ in range(_TRIES):
+        path = resolve(preset)
+        before = _identity(path)
+        stored = open_stored(path)
+        try:
+            found = stored, stored.config(), stored.checkpoint()
+        except CheckpointError:
+            if _identity(path) == before:
+                raise
+            continue
+        if _identity(path) == before:
+            return found
+    raise CheckpointError(f"{path} was replaced {_TRIES} times while it was read. Load it when nobody saves to it.")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a folder from another that has taken its place."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def require_room(preset: Any, dtype: Any = None) -> None:
@@ -80,9 +122,8 @@ def inspect_checkpoint(preset: Any) -> tuple[Gemma2Config, str]:
         PresetError: if the preset leads nowhere.
         CheckpointError: if it is no whole checkpoint.
     """
-    stored = open_stored(resolve(preset))
-    checkpoint = stored.checkpoint()
-    return stored.config(), stored.dtype() or checkpoint.dtype
+    stored, config, checkpoint = opened(preset)
+    return config, stored.dtype() or checkpoint.dtype
 
 
 def load_tokenizer(cls: type, preset: Any, **kwargs: Any) -> Any:
@@ -140,10 +181,10 @@ def save_preset(
         ValueError: if `max_shard_size` is not above 0.
     """
     check_shard_size(max_shard_size)
-    with replacing_folder(folder, OWN_FILE, is_ours) as beside:
+    with replacing_folder(folder, OWN_FILE, ours_in(folder)) as beside:
         own: dict[str, Any] = {"format": FORMAT}
         if keep and (Path(folder) / OWN_FILE).exists():
-            own |= own_settings(Path(folder))
+            own |= {key: value for key, value in own_settings(Path(folder)).items() if key != HAS_ADAPTER}
             for path in Path(folder).iterdir():
                 if is_ours(path.name) and (backbone is None or not _is_of_model(path.name)):
                     shutil.copy(path, beside)
@@ -177,6 +218,16 @@ def check_shard_size(max_shard_size: Any) -> None:
         raise ValueError(f"`max_shard_size` must be above 0 GB, or None; given {max_shard_size!r}.")
 
 
+def ours_in(folder: str | os.PathLike) -> Callable[[str], bool]:
+    """Tells of names in a preset folder whether they are of what we have written there, for `replacing_folder`."""
+    try:
+        adapter = own_settings(Path(os.path.expanduser(folder))).get(HAS_ADAPTER, False)
+    except (CheckpointError, TypeError):
+        # What is no path is refused where it is written to.
+        adapter = False
+    return lambda name: is_ours(name) or (adapter and name in _ADAPTER)
+
+
 def is_ours(name: str) -> bool:
     """Whether a file of this name in a preset folder is one that we write."""
     tokenizer = (TOKENIZER_FILE, TOKENIZER_JSON_FILE, TOKENIZER_CONFIG_FILE)
@@ -184,4 +235,4 @@ def is_ours(name: str) -> bool:
 
 
 def _is_of_model(name: str) -> bool:
-    return name in (CONFIG_FILE, INDEX_FILE) or (name.startswith("model") and name.endswith(".safetensors"))
+    return name in (CONFIG_FILE, INDEX_FILE) or _WEIGHTS.fullmatch(name) is not None

@@ -28,7 +28,8 @@ def replacing_folder(
     Args:
         folder: where the result shall stand. What is there may be replaced if it is empty or holds a file `marker`.
         marker: name of a file that tells a folder of ours.
-        replaced: tells by its name whether an entry of the old folder goes; all others stay.
+        replaced: tells by its name whether a file of the old folder goes; all others stay. Of a folder it is asked with
+            a stroke behind the name whether such files are in it, whose names then have the folder's before.
         kind: what is saved, for the error message.
 
     Yields:
@@ -39,7 +40,7 @@ def replacing_folder(
     """
     if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
         raise TypeError(f"The folder to save to must be a path; given {folder!r}.")
-    target = Path(os.path.abspath(folder))
+    target = Path(os.path.abspath(os.path.expanduser(folder)))
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}{_NEW}"
     with contextlib.ExitStack() as held:
@@ -67,8 +68,9 @@ def replacing_folder(
                 _exchange(target, beside)
                 _complete(target, replaced)
                 _flush(target.parent)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(beside, ignore_errors=True)
+            _name(error, target)
             raise
 
 
@@ -91,7 +93,7 @@ def replacing_file(path: str | os.PathLike, ours: Callable[[Path], bool], kind: 
     """
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise TypeError(f"The file to write must be a path; given {path!r}.")
-    target = Path(os.path.abspath(path))
+    target = Path(os.path.abspath(os.path.expanduser(path)))
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}{_NEW_FILE}"
     with contextlib.ExitStack() as held:
@@ -112,9 +114,16 @@ def replacing_file(path: str | os.PathLike, ours: Callable[[Path], bool], kind: 
                 _require_own_file(target, ours, kind)
                 beside.replace(target)
                 _flush(target.parent)
-        except BaseException:
+        except BaseException as error:
             beside.unlink(missing_ok=True)
+            _name(error, target)
             raise
+
+
+def _name(error: BaseException, target: Path) -> None:
+    """Let an error of the system that names no file, such as that the disk is full, say what was to be written."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = str(target)
 
 
 def _require_own_file(target: Path, ours: Callable[[Path], bool], kind: str) -> None:
@@ -136,7 +145,7 @@ def check_place(folder: str | os.PathLike, marker: str, kind: str = "preset") ->
         FileExistsError: if something else stands at `folder`.
         OSError: if nothing can be written beside it.
     """
-    target = Path(os.path.abspath(folder))
+    target = Path(os.path.abspath(os.path.expanduser(folder)))
     _require_ours(target, marker, kind)
     check_writable(target.parent)
 
@@ -159,7 +168,7 @@ def restore_folder(folder: Path) -> None:
     Raises:
         OSError: if it may not be moved.
     """
-    target = Path(os.path.abspath(folder))
+    target = Path(os.path.abspath(os.path.expanduser(folder)))
     if not os.path.lexists(target) and _left_beside(target, _OLD):
         with _alone_in(target.parent):
             _take_place(target)
@@ -200,10 +209,19 @@ def _complete(target: Path, replaced: Callable[[str], bool]) -> None:
     _take_place(target)
     for old in _left_beside(target, _OLD):
         # What the user keeps in the folder beside our files stays there.
-        for path in old.iterdir():
-            if not replaced(path.name) and not os.path.lexists(target / path.name):
-                path.rename(target / path.name)
+        _keep(old, target, replaced)
         shutil.rmtree(old)
+
+
+def _keep(old: Path, target: Path, replaced: Callable[[str], bool], within: str = "") -> None:
+    """Move into a folder what is not replaced of an old one, nor there already."""
+    for path in old.iterdir():
+        name = within + path.name
+        if path.is_dir() and not path.is_symlink() and replaced(f"{name}/"):
+            _keep(path, target / path.name, replaced, f"{name}/")
+        elif not replaced(name) and not os.path.lexists(target / path.name):
+            target.mkdir(exist_ok=True)
+            path.rename(target / path.name)
 
 
 def _left_beside(target: Path, suffix: str) -> list[Path]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
+import errno
 import json
 import math
 import os
 import struct
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,11 +71,17 @@ class TensorFile:
             if path.exists() and not path.is_file():
                 raise OSError("no regular file")
             with open(path, "rb") as file:
-                self._size = os.fstat(file.fileno()).st_size
-                self.entries = _entries(file, self._size)
+                self.entries = _entries(file, os.fstat(file.fileno()).st_size)
+                # One mapping for all tensors, which the system sets up sooner than one for each, and of this very file:
+                # another that takes its place is none of ours.
+                self._bytes = np.asarray(np.memmap(file, np.uint8, "c"))
+                self._descriptor = os.dup(file.fileno())
+                weakref.finalize(self, os.close, self._descriptor)
         except FileNotFoundError as error:
             raise CheckpointError(f"{path.parent} lacks the file {path.name}.") from error
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+                raise MemoryError(f"There is no room in this process's memory for {path}.") from error
             raise CheckpointError(
                 f"{path} is truncated or broken ({error}). Copy or download the file again."
             ) from error
@@ -95,19 +102,10 @@ class TensorFile:
         dtype, shape, offset = self.require_known(name), self.entries[name].shape, self.entries[name].offset
         if 0 in shape:
             return np.empty(shape, dtype)
-        raw = self._mapped[offset : offset + math.prod(shape) * dtype.itemsize]
+        if os.fstat(self._descriptor).st_size < len(self._bytes):
+            raise CheckpointError(f"{self.path} has become shorter while it was read. Copy or download it again.")
+        raw = self._bytes[offset : offset + math.prod(shape) * dtype.itemsize]
         return np.require(raw.view(dtype).reshape(shape), requirements="A")
-
-    @functools.cached_property
-    def _mapped(self) -> np.ndarray:
-        """The bytes of the file: one mapping for all tensors, which the system sets up sooner than one for each."""
-        try:
-            mapped = np.asarray(np.memmap(self.path, np.uint8, "c"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path} cannot be read any more ({error}).") from error
-        if len(mapped) != self._size:
-            raise CheckpointError(f"{self.path} has changed while it was read. Load it again.")
-        return mapped
 
 
 def _entries(file: Any, size: int) -> dict[str, Entry]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import keras
 import keras_hub
 import numpy as np
 
-from gemma2_keras.errors import InputError
+from gemma2_keras.errors import InputError, warn
 from gemma2_keras.models.gemma2_backbone import Gemma2Backbone
 from gemma2_keras.models.known_presets import KnownPresets
 from gemma2_keras.preprocessing.chat_template import encode_chat_example
@@ -121,10 +120,9 @@ class Gemma2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         cut = [self._cut(example, length + 1) for example in examples]
         longer = sum(len(example.token_ids) > length + 1 for example in examples)
         if longer:
-            warnings.warn(
+            warn(
                 f"{longer} of {len(examples)} texts were cut to `sequence_length={length}` tokens; raise it to keep "
-                "all.",
-                stacklevel=4,
+                "all."
             )
         token_ids, mask = self._padded([example.token_ids for example in cut], length + 1)
         weight = np.zeros(token_ids.shape, "float32")

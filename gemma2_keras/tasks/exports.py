@@ -95,7 +95,8 @@ class Exports:
         exporting.export_keras_hub(path, contents, self.preprocessor, dtype=dtype, max_shard_size=max_shard_size)
 
     def export_to_gguf(self, path: str | os.PathLike, *, dtype: str | None = None) -> None:
-        """Write a GGUF file for llama.cpp, and a `Modelfile` for Ollama beside it; adapters are merged.
+        """Write a GGUF file for llama.cpp, and a `Modelfile` for Ollama beside it (`NAME.Modelfile` where another
+        model has that); adapters are merged.
 
         Args:
             path: of the file. An earlier GGUF file there is replaced, and stays as it was if writing fails.
@@ -103,7 +104,8 @@ class Exports:
                 that of the weights.
 
         Raises:
-            FileExistsError: if something else than a GGUF file stands there, or another's `Modelfile` beside it.
+            FileExistsError: if something else than a GGUF file stands there, or another's file where that
+                for Ollama goes.
             ValueError: if `dtype` is none of these, or the format cannot hold the model.
 
         Warns:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import keras
 from keras import ops
 
-from gemma2_keras.errors import InputError
+from gemma2_keras.errors import InputError, warn
 from gemma2_keras.tasks.distillation_loss import DistillationLoss, split_targets
 from gemma2_keras.tasks.next_token_loss import NextTokenLoss, TokenMetrics
 from gemma2_keras.tasks.text_generation import TextGeneration
@@ -78,11 +77,10 @@ class TokenTraining(TextGeneration):
         """Warn, in the name of who called the caller, if what would be trained is too coarse for its steps."""
         coarse = {variable.dtype for variable in self.trainable_variables} & {"bfloat16", "float16"}
         if coarse:
-            warnings.warn(
+            warn(
                 f"Weights of {' and '.join(sorted(coarse))} are to be trained: most steps are smaller than what these "
                 "can tell apart, and are lost. Load the model with dtype='mixed_bfloat16', which keeps weights in "
-                "float32 and multiplies in bfloat16, or train adapters: model.enable_lora(rank=8).",
-                stacklevel=3,
+                "float32 and multiplies in bfloat16, or train adapters: model.enable_lora(rank=8)."
             )
 
     @property

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import os
 import time
-import warnings
 from collections import defaultdict
 from typing import Any
 
@@ -14,7 +13,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from gemma2_keras.errors import CheckpointError, InputError
+from gemma2_keras.errors import CheckpointError, InputError, warn
 from gemma2_keras.training.run_folder import Position, RunFolder, RunState
 from gemma2_keras.training.token_dataset import TokenDataset
 
@@ -222,10 +221,9 @@ class RunCheckpoints(keras.callbacks.Callback):
         try:
             self.write()
         except OSError as error:
-            warnings.warn(
+            warn(
                 f"The checkpoint of step {self.position.step} cannot be written ({error}); the run goes on, and "
-                f"{self.folder.path} keeps that of step {0 if self._written is None else self._written.step}.",
-                stacklevel=2,
+                f"{self.folder.path} keeps that of step {0 if self._written is None else self._written.step}."
             )
 
 

@@ -6,14 +6,13 @@ import contextlib
 import os
 import signal
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
 import keras
 
-from gemma2_keras.errors import InputError
+from gemma2_keras.errors import InputError, warn
 from gemma2_keras.tasks.sources import unpacked
 from gemma2_keras.training.checkpoints import RunCheckpoints, random_states, set_random_states
 from gemma2_keras.training.history import RunHistory, TrainingHistory
@@ -159,7 +158,7 @@ def _train(
                 checkpoints.write()
             except Exception as error:
                 # The error that ended the run is the one to tell of.
-                warnings.warn(f"No checkpoint of the last step could be written: {error}", stacklevel=2)
+                warn(f"No checkpoint of the last step could be written: {error}")
         stop.send_again()
         raise
     return history.noted

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 import keras
 
-from gemma2_keras.errors import CheckpointError
+from gemma2_keras.errors import CheckpointError, warn
 from gemma2_keras.training.token_dataset import TokenDataset
 
 
@@ -165,7 +164,7 @@ class RunHistory(keras.callbacks.Callback):
                 file.write(content)
         except OSError as error:
             if len(self._pending) == 1:
-                warnings.warn(f"The history of the run cannot be written for now: {error}", stacklevel=2)
+                warn(f"The history of the run cannot be written for now: {error}")
             return
         self._length += len(content)
         self._pending = []

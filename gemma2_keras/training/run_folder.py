@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from gemma2_keras.checkpoints.guard import read_json
 from gemma2_keras.checkpoints.saving import lock, replacing_folder, write_json
-from gemma2_keras.errors import CheckpointError, InputError
+from gemma2_keras.errors import CheckpointError, InputError, warn
 
 FORMAT = 1
 HISTORY_FILE = "history.jsonl"
@@ -153,7 +152,7 @@ class RunFolder:
             return None
         _check_identity(self.path, state.identity, _plain(identity))
         for path, error in damaged.items():
-            warnings.warn(f"{error} The checkpoint before it is used, of step {state.position.step}.", stacklevel=2)
+            warn(f"{error} The checkpoint before it is used, of step {state.position.step}.")
             shutil.rmtree(path)
         return state
 

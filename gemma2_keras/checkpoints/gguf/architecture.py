@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import numpy as np
 
 from gemma2_keras.checkpoints.guard import shown
 from gemma2_keras.config import Gemma2Config
-from gemma2_keras.errors import CheckpointError
+from gemma2_keras.errors import CheckpointError, warn
 
 ARCHITECTURE = "gemma2"
 # Their key, behind the architecture's name -> our hyperparameter.
@@ -78,11 +77,10 @@ def describe_architecture(config: Gemma2Config) -> dict[str, np.generic]:
             raise ValueError(f"`query_pre_attention_scalar` is {scalar}, which no GGUF file can hold.")
         keys[f"{ARCHITECTURE}.{_ROTATED_FACTOR}"] = factor
         keys[f"{OWN}query_pre_attention_scalar"] = np.float64(scalar)
-        warnings.warn(
+        warn(
             f"`query_pre_attention_scalar` is {scalar}, and GGUF has no key for it: programs take {expected} for Gemma "
             f"2 of this size. The key {ARCHITECTURE}.{_ROTATED_FACTOR} makes up for it in llama.cpp; a program that "
-            "does not read that key, such as Ollama's own engine, computes other attention scores.",
-            stacklevel=3,
+            "does not read that key, such as Ollama's own engine, computes other attention scores."
         )
     return keys
 

@@ -54,7 +54,7 @@ def write_gguf(
     stop_token_ids: Sequence[int] | None = None,
     name: str | None = None,
 ) -> None:
-    """Write a GGUF file and, beside it, the `Modelfile` that Ollama needs.
+    """Write a GGUF file and, beside it, the file that Ollama needs: `modelfile_of` says where.
 
     `GgufCheckpoint` reads the file back bit for bit, unless it is quantised. Tensors are converted one at a time, some
     rows at a time. Norms are float32 whatever `dtype` is, and where rows are no multiple of 32 numbers `"q8_0"` means
@@ -64,13 +64,14 @@ def write_gguf(
         path: of the file. A GGUF file there is replaced, and stays as it was if writing fails.
         checkpoint: the weights.
         proto: bytes of the SentencePiece model. Without it only programs that bring a tokenizer of their own can run
-            the file, and there is no `Modelfile`.
+            the file, and there is no file for Ollama.
         dtype: `"float32"`, `"float16"`, `"bfloat16"` or `"q8_0"`; `None` for the checkpoint's.
         stop_token_ids: `<eos>` and at most one more; `None` for `<eos>` and, where there is one, `<end_of_turn>`.
         name: what programs call the model; `None` for the name of the file.
 
     Raises:
-        FileExistsError: if something else than a GGUF file stands at `path`, or another's `Modelfile` beside it.
+        FileExistsError: if something else than a GGUF file stands at `path`, or than a file of ours where that for
+            Ollama goes.
         ValueError: if `dtype` is none of these, or cannot hold the weights; the vocabulary is none of Gemma's kind; or
             a hyperparameter is outside what the format holds.
 
@@ -106,17 +107,30 @@ def write_gguf(
             _write(beside, checkpoint, keys, None, dtype, target.stem if name is None else name)
         return
     with (
-        replacing_file(target.with_name(MODELFILE), _is_our_modelfile, "a Modelfile of ours") as modelfile,
+        replacing_file(modelfile_of(target), _is_our_modelfile, "a Modelfile of ours") as modelfile,
         replacing_file(target, is_gguf, "a GGUF file") as beside,
     ):
         modelfile.write_text(vocabulary.modelfile(target.name), encoding="utf-8")
         _write(beside, checkpoint, keys, vocabulary, dtype, target.stem if name is None else name)
 
 
-def _is_our_modelfile(path: Path) -> bool:
-    mark = MODELFILE_MARK.encode()
+def modelfile_of(path: Path) -> Path:
+    """Where the file goes that tells Ollama how to run a GGUF file: `Modelfile` beside it, or `NAME.Modelfile` where
+    another model has that.
+
+    >>> modelfile_of(Path("nowhere/cat.gguf")).name
+    'Modelfile'
+    """
+    usual = path.with_name(MODELFILE)
+    free = not usual.exists() or usual.stat().st_size == 0
+    return usual if free or _is_our_modelfile(usual, path.name) else path.with_name(f"{path.stem}.{MODELFILE}")
+
+
+def _is_our_modelfile(path: Path, name: str = "") -> bool:
+    """Whether we wrote a file for Ollama, and of the GGUF file of that name, if one is given."""
+    begin = MODELFILE_MARK + (f"\nFROM ./{name}\n" if name else "")
     with open(path, "rb") as file:
-        return file.read(len(mark)) == mark
+        return file.read(len(begin.encode())) == begin.encode()
 
 
 def _write(
@@ -186,7 +200,7 @@ class _Streamed:
     def tofile(self, file: BinaryIO) -> None:
         """Write the tensor, in the order of its rows."""
         for rows in self._some_rows():
-            np.ascontiguousarray(self._converted(rows)).tofile(file)
+            file.write(np.ascontiguousarray(self._converted(rows)).view(np.uint8).data)
 
     def _some_rows(self) -> Iterator[np.ndarray]:
         value = np.atleast_2d(self._value)

@@ -13,8 +13,10 @@ Source: HDF5 File Format Specification (https://support.hdfgroup.org/documentati
 from __future__ import annotations
 
 import math
+import os
 import re
 import struct
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
@@ -124,6 +126,9 @@ class Hdf5File:
         try:
             with open(path, "rb") as file:
                 self.arrays = _Walk(path, file).arrays()
+                # Kept open: another file that takes its place is none of ours.
+                self._descriptor = os.dup(file.fileno())
+                weakref.finalize(self, os.close, self._descriptor)
         except FileNotFoundError as error:
             raise CheckpointError(f"{path.parent} lacks the file {path.name}.") from error
         except OSError as error:
@@ -138,7 +143,9 @@ class Hdf5File:
         """
         array = self.arrays[name]
         try:
-            raw = np.fromfile(self.path, np.uint8, array.nbytes, offset=array.offset)
+            with os.fdopen(os.dup(self._descriptor), "rb") as file:
+                file.seek(array.offset)
+                raw = np.fromfile(file, np.uint8, array.nbytes)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path} has changed while it was read ({error}).") from error
         if len(raw) != array.nbytes:

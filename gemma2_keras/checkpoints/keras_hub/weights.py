@@ -20,6 +20,8 @@ from gemma2_keras.errors import CheckpointError
 WEIGHTS_FILE = "model.weights.h5"
 INDEX_FILE = "model.weights.json"
 _SHARD = re.compile(r"model_[0-9]{1,10}\.weights\.h5")
+# The files of weights, by their names.
+WEIGHTS = re.compile(rf"{re.escape(WEIGHTS_FILE)}|{_SHARD.pattern}")
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 

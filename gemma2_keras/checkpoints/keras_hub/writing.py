@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import warnings
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gemma2_keras.checkpoints.contents import Checkpoint
@@ -20,9 +19,10 @@ from gemma2_keras.checkpoints.keras_hub.settings import (
     TOKENIZER_SETTINGS,
     VOCABULARY_FILE,
 )
-from gemma2_keras.checkpoints.keras_hub.weights import write_weights
+from gemma2_keras.checkpoints.keras_hub.weights import INDEX_FILE, WEIGHTS, write_weights
 from gemma2_keras.checkpoints.saving import write_json
 from gemma2_keras.config import Gemma2Config
+from gemma2_keras.errors import warn
 
 # Class -> its module, as KerasHub writes it.
 _MODULES = {
@@ -33,6 +33,11 @@ _MODULES = {
 }
 # What KerasHub's Gemma has no hyperparameter for, or ignores.
 _ROPE_BASE, _EPSILON = 10_000.0, 1e-6
+
+_NAMES = {
+    *(CONFIG_FILE, METADATA_FILE, TASK_FILE, TOKENIZER_FILE, PREPROCESSOR_FILE, INDEX_FILE, VOCABULARY_FILE),
+    *(f"{parent}/" for parent in PurePosixPath(VOCABULARY_FILE).parents if parent.name),
+}
 
 
 def write_keras_hub(
@@ -128,17 +133,20 @@ def _describe_backbone(config: Gemma2Config, dtype: str) -> dict[str, Any]:
             f"{by_width:g}; the model's `query_pre_attention_scalar` is {scalar:g}. Save it in another format."
         )
     if not by_head:
-        _warn(
-            f"scales attention by the head size, {config.head_dim}, whatever its configuration says (seen in 0.32): "
-            f"its logits will not be those of this model, whose `query_pre_attention_scalar` is {scalar:g}."
+        warn(
+            f"KerasHub scales attention by the head size, {config.head_dim}, whatever its configuration says (seen in "
+            f"0.32): its logits will not be those of this model, whose `query_pre_attention_scalar` is {scalar:g}."
         )
     if config.layer_norm_epsilon != _EPSILON:
-        _warn(
-            f"uses `layer_norm_epsilon` {config.layer_norm_epsilon:g} in the last norm and {_EPSILON:g} in all others "
-            "(seen in 0.32): its logits will not quite be those of this model."
+        warn(
+            f"KerasHub uses `layer_norm_epsilon` {config.layer_norm_epsilon:g} in the last norm and {_EPSILON:g} in "
+            "all others (seen in 0.32): its logits will not quite be those of this model."
         )
     if config.context_length != Gemma2Config.context_length:
-        _warn(f"keeps no `context_length`: who loads the folder may go beyond this model's {config.context_length}.")
+        warn(
+            "KerasHub keeps no `context_length`: who loads the folder may go beyond this model's "
+            f"{config.context_length}."
+        )
     settings = {
         **_layer("gemma_backbone", dtype),
         **{key: getattr(config, key) for key in SAME_NAMES},
@@ -149,9 +157,9 @@ def _describe_backbone(config: Gemma2Config, dtype: str) -> dict[str, Any]:
     return _object("GemmaBackbone", settings)
 
 
-def _warn(what: str) -> None:
-    # The caller of `write_keras_hub`.
-    warnings.warn(f"KerasHub {what}", UserWarning, stacklevel=4)
+def is_of_keras_hub(name: str) -> bool:
+    """Whether a name in a folder, or that of a folder in it with a stroke behind, is one of those that are written."""
+    return name in _NAMES or WEIGHTS.fullmatch(name) is not None
 
 
 def _layer(name: str, dtype: str) -> dict[str, Any]:

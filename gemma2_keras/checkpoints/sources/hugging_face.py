@@ -25,7 +25,7 @@ from gemma2_keras.errors import CheckpointError, PresetError
 PREFIX = "hf://"
 HANDLE = f"{PREFIX}owner/name[@revision]"
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
-_SHA256 = re.compile("[0-9a-f]{64}")
+_COMMIT, _SHA256 = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{64}")
 
 
 def fetch(handle: str, weights: bool) -> Path:
@@ -119,6 +119,14 @@ def _obtain(repository: str, revision: str | None, names: tuple[str, ...] | list
 
     held = _held(repository, revision, names)
     before = set() if held is None else {name for name in names if (held / name).exists()}
+    if revision is not None and _COMMIT.fullmatch(revision):
+        # The library tries for half a minute to list the files of a commit; whether anybody is there it asks once.
+        try:
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+        except Exception:
+            if held is None:
+                raise
+            return held
     patterns = [glob.escape(name) for name in names]
     folder = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
     for name in names:

@@ -350,28 +350,31 @@ def test_what_is_no_gguf_file_is_not_replaced(tmp_path):
 
 
 @pytest.mark.once
-def test_anothers_modelfile_is_not_replaced_and_nothing_is_written(tmp_path):
+def test_anothers_modelfile_is_not_replaced(tmp_path):
     (tmp_path / "Modelfile").write_text("FROM llama3\n")
-    with pytest.raises(FileExistsError, match="Modelfile exists and is not a Modelfile of ours"):
-        write(tmp_path / "x.gguf", Held(tiny.backbone().config), tiny.proto())
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"Modelfile": "FROM llama3\n"}
-    # Without a tokenizer there is none to write.
-    write(tmp_path / "x.gguf", Held(ODD))
+    (tmp_path / "y.Modelfile").write_text("mine")
+    write(tmp_path / "x.gguf", Held(tiny.backbone().config), tiny.proto())
+    assert "FROM ./x.gguf\n" in (tmp_path / "x.Modelfile").read_text()
+    with pytest.raises(FileExistsError, match=r"y\.Modelfile exists and is not a Modelfile of ours"):
+        write(tmp_path / "y.gguf", Held(tiny.backbone().config), tiny.proto())
     assert (tmp_path / "Modelfile").read_text() == "FROM llama3\n"
+    assert (tmp_path / "y.Modelfile").read_text() == "mine"
+    assert not (tmp_path / "y.gguf").exists()
 
 
 @pytest.mark.once
-def test_the_modelfile_names_the_file_written_last(tmp_path):
+def test_each_file_has_a_modelfile(tmp_path):
     held = Held(tiny.backbone().config)
-    for name in ("first.gguf", "second file.gguf"):
+    files = {"first.gguf": "Modelfile", "second file.gguf": "second file.Modelfile"}
+    for name, modelfile in (*files.items(), *files.items()):
         write(tmp_path / name, held, tiny.proto())
-        text = (tmp_path / "Modelfile").read_text()
+        text = (tmp_path / modelfile).read_text()
         assert text.startswith(
             f"# Written by gemma2-keras together with the GGUF file below, and replaced with it.\nFROM ./{name}\n"
         )
     assert 'TEMPLATE """<start_of_turn>user\n{{ if .System }}' in text
     assert text.endswith('"""\nPARAMETER stop "<end_of_turn>"\n')
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 @pytest.mark.once
