@@ -31,8 +31,9 @@ class WontFit(MemoryError):  # noqa: N818
 
 
 def warn(message: str) -> None:
-    """Give a `UserWarning` at the line that called this package, be it through Keras."""
-    level, frame, inside = 1, sys._getframe(), ("gemma2_keras", "keras")
+    """Give a `UserWarning` at the line that called this package, be it through Keras or its backend."""
+    inside = ("gemma2_keras", "keras", "keras_hub", "torch", "tensorflow", "jax")
+    level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, UserWarning, stacklevel=level)

@@ -461,3 +461,12 @@ def test_convert_says_what_is_wrong_in_one_line(tmp_path, capsys):
     assert main(["convert", str(tmp_path / "absent"), str(tmp_path / "out"), "--to", "gguf"]) == 1
     assert "There is no folder" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.once
+def test_help_is_shown_whatever_the_encoding():
+    command = [sys.executable, "-m", "gemma2_keras.cli", "generate", "--help"]
+    shown = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert "\\u2026" in shown.stdout
+    assert not shown.stderr

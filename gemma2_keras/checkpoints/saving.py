@@ -220,7 +220,7 @@ def _keep(old: Path, target: Path, replaced: Callable[[str], bool], within: str 
         if path.is_dir() and not path.is_symlink() and replaced(f"{name}/"):
             _keep(path, target / path.name, replaced, f"{name}/")
         elif not replaced(name) and not os.path.lexists(target / path.name):
-            target.mkdir(exist_ok=True)
+            target.mkdir(parents=True, exist_ok=True)
             path.rename(target / path.name)
 
 

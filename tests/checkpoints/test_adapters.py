@@ -275,6 +275,10 @@ def test_tensors_that_do_not_fit(change, message, model, folder):
         ("layers_to_transform", ["0"]),
         ("layers_to_transform", [7]),
         ("layers_pattern", ["blocks"]),
+        ("layers_pattern", 5),
+        ("lora_alpha", 10**400),
+        ("alpha_pattern", {"q_proj": 10**400}),
+        ("target_modules", "|".join(f"(?:a{i}|b)" for i in range(20_000))),
         ("exclude_modules", ["q_proj", "v_proj"]),
         ("exclude_modules", 3),
     ],
@@ -292,6 +296,32 @@ def test_configurations_that_are_not_read(key, value, model, folder):
         "rank_pattern": "rank",
     }
     refused(model, folder, names.get(key, key))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"peft_type": "z" * 10**6},
+        {"modules_to_save": ["z" * 10**6]},
+        {"target_modules": [f"name{i}" for i in range(10**5)]},
+        {f"key{i}": 1 for i in range(10**5)},
+    ],
+)
+def test_messages_are_short_whatever_the_file_holds(changes, model, folder):
+    change_config(folder, **changes)
+    with pytest.raises(CheckpointError) as error:
+        model.load_adapter(folder)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_are_refused(number, model, folder):
+    def change(tensors):
+        next(iter(tensors.values()))[0, 0] = number
+
+    change_tensors(folder, change)
+    refused(model, folder, "holds numbers that are not finite")
 
 
 @pytest.mark.once

@@ -32,6 +32,18 @@ def bits(backbone) -> dict[str, bytes]:
     return {name: checkpoint.read(name).tobytes() for name in weight_map(backbone.config)}
 
 
+def test_float16_that_overflows_is_refused(tmp_path):
+    model = tiny.causal_lm(num_layers=2)
+    model.backbone.layer_norm.weight.assign(ops.full(model.backbone.layer_norm.weight.shape, 1e6))
+    model.save_to_preset(tmp_path / "saved")
+    message = f"'{NORM}' has numbers that float16 cannot hold"
+    with pytest.raises(ValueError, match=message):
+        model.export_to_transformers(tmp_path / "out", dtype="float16")
+    with pytest.raises(ValueError, match=message):
+        Gemma2CausalLM.from_preset(tmp_path / "saved", dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
 @pytest.mark.once
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (5, 7)])
 def test_conversion_is_numpys(shape, monkeypatch):

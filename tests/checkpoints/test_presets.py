@@ -1,5 +1,6 @@
 """Parts of a preset saved one by one, as KerasHub's users do."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,10 @@ import transformers
 from keras import ops
 
 from gemma2_keras import Gemma2Backbone, Gemma2CausalLM, Gemma2CausalLMPreprocessor, Gemma2Tokenizer
-from gemma2_keras.errors import PresetError
+from gemma2_keras.checkpoints import presets
+from gemma2_keras.checkpoints.contents import WatchedCheckpoint
+from gemma2_keras.checkpoints.own_file import own_settings
+from gemma2_keras.errors import CheckpointError, PresetError
 from tests.preprocessing import tiny
 
 
@@ -78,6 +82,95 @@ def test_what_the_user_keeps_in_the_folder_stays(model, tmp_path):
     for folder in ("preset", "preset/epoch1"):
         assert Gemma2CausalLM.from_preset(tmp_path / folder).preprocessor is not None
     assert [path.name for path in tmp_path.iterdir()] == ["preset"]
+
+
+@pytest.mark.once
+def test_files_that_look_like_ours_stay(model, tmp_path):
+    adapted = tiny.causal_lm(num_layers=1)
+    adapted.enable_lora(2)
+    adapted.export_to_transformers(tmp_path / "preset", merge_adapter=False)
+    assert own_settings(tmp_path / "preset")["adapter"] is True
+    mine = ("model-old.safetensors", "modelling.safetensors", "adapter/notes.txt")
+    for name in mine:
+        (tmp_path / "preset" / name).write_text("mine")
+    model.save_to_preset(tmp_path / "preset")
+    # An adapter that is merged must not lie beside, too; one of the user's own may.
+    assert sorted(path.name for path in (tmp_path / "preset" / "adapter").iterdir()) == ["notes.txt"]
+    adapted.save_adapter(tmp_path / "preset" / "adapter2")
+    model.save_to_preset(tmp_path / "preset")
+    model.preprocessor.tokenizer.save_to_preset(tmp_path / "preset")
+    assert (tmp_path / "preset" / "adapter2" / "adapter_model.safetensors").exists()
+    assert all((tmp_path / "preset" / name).read_text() == "mine" for name in mine)
+
+
+@pytest.mark.once
+def test_files_in_a_folder_of_keras_hubs_format_stay(tmp_path):
+    model = tiny.causal_lm(num_layers=1, context_length=8192, query_pre_attention_scalar=8)
+    mine = ("notes.json", "best.weights.h5", "assets/picture.png", "assets/tokenizer/notes.txt")
+    for exported in (model, model, Gemma2CausalLM(model.backbone)):
+        exported.export_to_keras_hub(tmp_path / "hub", max_shard_size=None if exported is model else 1e-5)
+        for name in mine:
+            (tmp_path / "hub" / name).write_text("mine")
+    assert all((tmp_path / "hub" / name).read_text() == "mine" for name in mine)
+    # Of what was written before, nothing is left.
+    assert not (tmp_path / "hub" / "model.weights.h5").exists()
+    assert not (tmp_path / "hub" / "assets" / "tokenizer" / "vocabulary.spm").exists()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("how", ["one file", "shards", "KerasHub"])
+def test_a_load_beside_a_save_takes_one_of_the_models(how, tmp_path, monkeypatch):
+    one, other = (tiny.causal_lm(num_layers=1, context_length=8192, query_pre_attention_scalar=8) for _ in range(2))
+
+    def save(model):
+        options = {"max_shard_size": 1e-5 if how == "shards" else None}
+        if how == "KerasHub":
+            model.export_to_keras_hub(tmp_path / "saved", **options)
+        else:
+            model.save_to_preset(tmp_path / "saved", **options)
+
+    save(one)
+    read, calls = WatchedCheckpoint.read, itertools.count()
+
+    def read_while_another_saves(self, name):
+        if next(calls) == 3:
+            save(other)
+        return read(self, name)
+
+    monkeypatch.setattr(WatchedCheckpoint, "read", read_while_another_saves)
+    again = Gemma2CausalLM.from_preset(tmp_path / "saved")
+    for a, b in zip(again.weights, one.weights, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(a), ops.convert_to_numpy(b))
+
+
+@pytest.mark.once
+def test_a_folder_that_is_replaced_while_it_is_opened_is_opened_anew(model, tmp_path, monkeypatch):
+    other = tiny.causal_lm(num_layers=2)
+    model.save_to_preset(tmp_path / "saved", max_shard_size=1e-5)
+    opening, calls = presets.open_stored, itertools.count()
+
+    def save_meanwhile(path):
+        stored = opening(path)
+        if next(calls) < times:
+            stored.config()
+            (other if next(saves) % 2 == 0 else model).save_to_preset(tmp_path / "saved", max_shard_size=1e-5)
+        return stored
+
+    monkeypatch.setattr(presets, "open_stored", save_meanwhile)
+    times, saves = 1, itertools.count()
+    _, config, checkpoint = presets.opened(tmp_path / "saved")
+    assert config == checkpoint.config == other.backbone.config
+    times = 100
+    with pytest.raises(CheckpointError, match="was replaced 5 times while it was read"):
+        presets.opened(tmp_path / "saved")
+
+
+@pytest.mark.once
+def test_a_path_below_the_home_folder(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model.save_to_preset("~/saved")
+    assert (tmp_path / "saved" / "config.json").exists()
+    assert Gemma2CausalLM.from_preset("~/saved").backbone.config == model.backbone.config
 
 
 @pytest.mark.once

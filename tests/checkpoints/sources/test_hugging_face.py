@@ -136,6 +136,23 @@ def test_a_pinned_commit_stays_when_the_branch_moves(server):
     assert resolve("hf://someone/model").name == OTHER_COMMIT
 
 
+def test_a_commit_is_not_asked_for_where_nobody_answers(server, monkeypatch):
+    folder = resolve(f"hf://someone/model@{COMMIT}")
+    download, asked = huggingface_hub.snapshot_download, []
+
+    def counted(*args, local_files_only=False, **kwargs):
+        if not local_files_only:
+            asked.append(args)
+        return download(*args, local_files_only=local_files_only, **kwargs)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", counted)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert resolve(f"hf://someone/model@{COMMIT}") == folder
+    with pytest.raises(PresetError, match="could not be fetched from Hugging Face"):
+        resolve(f"hf://someone/model@{OTHER_COMMIT}")
+    assert not asked
+
+
 def test_weights_are_of_the_commit_of_the_configuration(server, monkeypatch):
     layout_read = hugging_face.weight_files
 
