@@ -86,7 +86,7 @@ class ConvertedCheckpoint:
 
     def __init__(self, checkpoint: Checkpoint, dtype: str | None) -> None:
         self.config = checkpoint.config
-        self.dtype = dtype or checkpoint.dtype
+        self.dtype = checkpoint.dtype if dtype is None else dtype
         self._checkpoint = checkpoint
 
     def read(self, name: str) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 from gemma2_keras.checkpoints.adapters import StoredAdapter, read_adapter, write_adapter_files
 from gemma2_keras.checkpoints.contents import Checkpoint, ConvertedCheckpoint, WatchedCheckpoint
 from gemma2_keras.checkpoints.gguf.writing import write_gguf
+from gemma2_keras.checkpoints.hub import resolve
 from gemma2_keras.checkpoints.keras_hub.settings import METADATA_FILE
 from gemma2_keras.checkpoints.keras_hub.writing import is_of_keras_hub, write_keras_hub
 from gemma2_keras.checkpoints.names import projections
@@ -185,6 +186,8 @@ def convert(
     if to != "gguf":
         _check_dtype(dtype, DTYPES)
     stored, config, contents = opened(source)
+    if dtype == "q8_0" and os.path.exists(target) and os.path.samefile(target, resolve(source)):
+        raise ValueError(f"{target} is the source, and quantised it could not be read again: choose another path.")
     proto, preprocessor = stored.proto(), None
     if proto is not None:
         tokenizer = Gemma2Tokenizer(proto, **stored.settings("tokenizer"))

@@ -53,14 +53,15 @@ def load_backbone(
     stored = open_stored(resolve(preset, weights=False))
     name = preset if preset in list_presets() else None
     kept = stored.dtype() if name is None else describe_preset(name).dtype
-    if "://" in str(preset) and (dtype or kept):
+    dtype = kept if dtype is None else dtype
+    if "://" in str(preset) and dtype is not None:
         # Before the weights are downloaded.
-        require_fit(stored.config(), dtype or kept)
+        require_fit(stored.config(), dtype)
     if not load_weights:
-        return cls(**stored.config().to_dict(), dtype=dtype or kept or "float32")
+        return cls(**stored.config().to_dict(), dtype="float32" if dtype is None else dtype)
     # Read and checked whole before anything is allocated.
     _, config, checkpoint = opened(preset)
-    dtype = dtype or kept or checkpoint.dtype
+    dtype = checkpoint.dtype if dtype is None else dtype
     if name is None:
         require_fit(config, dtype)
     with WatchedCheckpoint(checkpoint, "Loading", check_finite) as watched:
@@ -112,7 +113,7 @@ def require_room(preset: Any, dtype: Any = None) -> None:
     if isinstance(preset, str) and preset in list_presets():
         entry = describe_preset(preset)
         entry.require_text_model()
-        require_fit(entry.architecture, dtype or entry.dtype, preset)
+        require_fit(entry.architecture, entry.dtype if dtype is None else dtype, preset)
 
 
 def inspect_checkpoint(preset: Any) -> tuple[Gemma2Config, str]:

@@ -17,8 +17,10 @@ from gemma2_keras.models.known_presets import KnownPresets
 
 def _check_dtype(dtype) -> None:
     """Refuse dtype policies that the model does not compute in."""
-    policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
     floats = ("float32", "bfloat16", "float16")
+    if dtype == "":
+        raise ValueError(f"`dtype` is empty; give {', '.join(floats)}, a mixed policy, or None.")
+    policy = keras.dtype_policies.get(keras.config.dtype_policy() if dtype is None else dtype)
     if policy.quantization_mode or not {policy.compute_dtype, policy.variable_dtype} <= set(floats):
         raise ValueError(
             f"`dtype` must be {', '.join(floats)}, or a mixed policy such as mixed_bfloat16; given {policy.name}."

@@ -4,6 +4,7 @@ import json
 import signal
 import warnings
 
+import keras
 import numpy as np
 import pytest
 
@@ -260,3 +261,25 @@ def test_a_full_disk_is_an_error_of_the_system_and_leaves_the_earlier_result(tmp
     with pytest.raises(OSError, match=r"written|too large"):
         export(model, to, path)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.once
+def test_a_file_is_not_replaced_by_itself_quantised(tmp_path):
+    convert("gemma2_tiny_en", tmp_path / "x.gguf", "gguf")
+    before = (tmp_path / "x.gguf").read_bytes()
+    with pytest.raises(ValueError, match=r"x\.gguf is the source, and quantised it could not be read again"):
+        convert(tmp_path / "x.gguf", tmp_path / "x.gguf", "gguf", dtype="q8_0")
+    assert (tmp_path / "x.gguf").read_bytes() == before
+
+
+@pytest.mark.once
+def test_what_an_adapter_makes_is_looked_at(tmp_path):
+    model = tiny.causal_lm(num_layers=1)
+    model.save_to_preset(tmp_path / "model")
+    model.enable_lora(2, alpha=1e300)
+    for weight in model.trainable_weights:
+        weight.assign(keras.ops.ones(weight.shape))
+    model.save_adapter(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="holds numbers that are not finite"):
+        convert(tmp_path / "model", tmp_path / "out", "transformers", adapter=tmp_path / "adapter")
+    assert not (tmp_path / "out").exists()
