@@ -30,7 +30,7 @@ for line in sys.stdin.buffer:
 _WORDS = {
     "`check_finite=False`": "`--no-check-finite`",
     "`gemma2_keras.list_presets()`": "`gemma2-keras presets`",
-    "`from_preset` takes folders and handles, too.": "Folders and handles are taken, too.",
+    "`from_preset`": "`--preset`",
     "`max_new_tokens`": "`--max-new-tokens`",
     "`dtype`": "`--dtype`",
     "`save_to_preset` keeps it.": "",

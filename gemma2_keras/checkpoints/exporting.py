@@ -59,7 +59,11 @@ class AdaptedCheckpoint:
         """One tensor, in the dtype of the checkpoint."""
         module, weight = name.removesuffix(".weight"), self._checkpoint.read(name)
         specs = self._adapter.specs
-        return merged(weight, specs[module], self._adapter.weights[module]) if module in specs else weight
+        if module not in specs:
+            return weight
+        # What becomes infinite is found where tensors are watched.
+        with np.errstate(over="ignore"):
+            return merged(weight, specs[module], self._adapter.weights[module])
 
 
 def export_transformers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from gemma2_keras.checkpoints.catalogue import Preset, describe_preset, list_presets
@@ -16,6 +17,7 @@ from gemma2_keras.errors import PresetError
 _SOURCES = (hugging_face, kaggle, google_storage)
 _HANDLES = ", ".join(source.HANDLE for source in _SOURCES)
 _GGUF = ".gguf"
+_OWNED = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*")
 
 
 def resolve(preset: str | os.PathLike, weights: bool = True) -> Path:
@@ -107,6 +109,9 @@ def _local(text: str) -> Path:
     if path.exists():
         raise PresetError(f"{path} is a file; give the folder that holds it.")
     if os.sep in text or text.startswith("."):
-        raise PresetError(f"There is no folder {path}.")
+        handle = (
+            f" A repository of Hugging Face is called {hugging_face.PREFIX}{text}." if _OWNED.fullmatch(text) else ""
+        )
+        raise PresetError(f"There is no folder {path}.{handle}")
     describe_preset(text)
     raise AssertionError("unreachable: an unknown name was refused")

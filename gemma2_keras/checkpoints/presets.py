@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -25,7 +26,7 @@ from gemma2_keras.checkpoints.own_file import (
 )
 from gemma2_keras.checkpoints.saving import replacing_folder, write_json
 from gemma2_keras.checkpoints.stored import Stored, open_stored
-from gemma2_keras.checkpoints.tokenizer_files import TOKENIZER_CONFIG_FILE, TOKENIZER_JSON_FILE
+from gemma2_keras.checkpoints.tokenizer_files import TOKENIZER_CONFIG_FILE, TOKENIZER_JSON_FILE, write_tokenizer
 from gemma2_keras.checkpoints.transformers import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
@@ -38,6 +39,7 @@ from gemma2_keras.errors import CheckpointError
 from gemma2_keras.layers.initialization import awaiting_weights
 
 _WEIGHTS = re.compile(r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors")
+_TOKENIZER = (TOKENIZER_FILE, TOKENIZER_JSON_FILE, TOKENIZER_CONFIG_FILE)
 # Within an exported folder, an adapter that is not merged: the folder, and the files in it.
 ADAPTER_FOLDER = "adapter"
 _ADAPTER = {f"{ADAPTER_FOLDER}/{name}" for name in ("", ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE)}
@@ -187,12 +189,17 @@ def save_preset(
         if keep and (Path(folder) / OWN_FILE).exists():
             own |= {key: value for key, value in own_settings(Path(folder)).items() if key != HAS_ADAPTER}
             for path in Path(folder).iterdir():
-                if is_ours(path.name) and (backbone is None or not _is_of_model(path.name)):
+                anew = (backbone is not None and _is_of_model(path.name)) or (
+                    tokenizer is not None and path.name in _TOKENIZER
+                )
+                if is_ours(path.name) and not anew:
                     shutil.copy(path, beside)
         if backbone is not None:
             own |= write_model(beside, LiveCheckpoint(backbone), max_shard_size)
         if tokenizer is not None:
-            (beside / TOKENIZER_FILE).write_bytes(tokenizer.proto)
+            # A vocabulary of another kind than Gemma's has `tokenizer.model` alone.
+            with contextlib.suppress(ValueError):
+                write_tokenizer(beside, tokenizer)
             own |= write_settings(beside, tokenizer, preprocessor)
         write_json(beside / OWN_FILE, own)
 
@@ -231,8 +238,7 @@ def ours_in(folder: str | os.PathLike) -> Callable[[str], bool]:
 
 def is_ours(name: str) -> bool:
     """Whether a file of this name in a preset folder is one that we write."""
-    tokenizer = (TOKENIZER_FILE, TOKENIZER_JSON_FILE, TOKENIZER_CONFIG_FILE)
-    return _is_of_model(name) or name in (OWN_FILE, GENERATION_CONFIG_FILE, *tokenizer)
+    return _is_of_model(name) or name in (OWN_FILE, GENERATION_CONFIG_FILE, *_TOKENIZER)
 
 
 def _is_of_model(name: str) -> bool:

@@ -208,7 +208,10 @@ class Gemma2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         """
         if isinstance(x, dict):
             if "prompts" not in x:
-                raise InputError(f'A dictionary of prompts needs the key "prompts"; given {sorted(x)}.')
+                raise InputError(
+                    f'A dictionary of prompts needs the key "prompts"; given {sorted(x)}. Token '
+                    "ids are for a model that was made with `preprocessor=None`."
+                )
             x = x["prompts"]
         texts, single = texts_of(x, "prompts")
         return [self._start() + ids for ids in self.tokenizer.encode(texts)], single

@@ -245,7 +245,11 @@ def limits_of(
         if len(row) >= longest:
             raise InputError(
                 f"Prompt {i} has {len(row)} tokens, which leaves no room within {longest}. Shorten the prompt"
-                + (", or raise `max_length`." if longest < context else f"; the context is {context} tokens.")
+                + (
+                    ", or give `max_new_tokens` or a larger `max_length`."
+                    if longest < context
+                    else f"; the context is {context} tokens."
+                )
             )
     room = [longest - len(row) for row in rows]
     return room if max_new_tokens is None else [min(left, int(max_new_tokens)) for left in room]

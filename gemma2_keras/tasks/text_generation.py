@@ -100,6 +100,11 @@ class TextGeneration(keras_hub.models.CausalLM):
             inputs = _joined(list(inputs.as_numpy_iterator()))
         single, width = False, 0
         if self.preprocessor is None:
+            if not isinstance(inputs, dict):
+                raise InputError(
+                    "The model was made without a tokenizer, so that it takes token ids alone: "
+                    f'{{"token_ids": (B, L), "padding_mask": (B, L)}}; given {type(inputs).__name__}.'
+                )
             check_token_inputs(inputs, self.backbone.config.vocabulary_size)
             if is_traced(inputs["token_ids"]):
                 raise InputError("`token_ids` must have values: a symbolic tensor cannot be continued.")

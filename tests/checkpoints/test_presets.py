@@ -31,6 +31,14 @@ def test_parts_saved_into_one_folder_make_the_whole(model, tmp_path):
         np.testing.assert_array_equal(ops.convert_to_numpy(a), ops.convert_to_numpy(b))
 
 
+@pytest.mark.once
+def test_transformers_reads_the_tokenizer_with_what_stands_before_a_text(model, tmp_path):
+    model.save_to_preset(tmp_path / "preset")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "preset")
+    assert theirs("The cat")["input_ids"] == [2, *model.preprocessor.tokenizer.encode("The cat")]
+    assert theirs.chat_template is not None
+
+
 def test_a_folder_of_keras_hubs_format_generates_as_the_model_did(tmp_path):
     # KerasHub keeps matrices turned round, and no length of the context but Gemma's.
     model = tiny.causal_lm(num_layers=1, context_length=8192, query_pre_attention_scalar=8)

@@ -505,6 +505,7 @@ def test_a_bad_vocabulary(folder, cls, content):
 
 def test_a_missing_vocabulary(folder):
     (folder / "tokenizer.model").unlink()
+    (folder / "tokenizer.json").unlink()
     for cls in (Gemma2CausalLMPreprocessor, Gemma2Tokenizer):
         with pytest.raises(CheckpointError, match=r"has no tokenizer: neither tokenizer.model"):
             cls.from_preset(folder)

@@ -36,7 +36,7 @@ def test_tokenizer_of_a_larger_model():
 def test_text_without_a_preprocessor():
     model = tiny.causal_lm(num_layers=1)
     model.preprocessor = None
-    with pytest.raises(InputError, match="A preprocessor makes one from text"):
+    with pytest.raises(InputError, match="made without a tokenizer"):
         model.generate("The cat")
 
 
