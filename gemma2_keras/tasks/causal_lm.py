@@ -120,7 +120,8 @@ class Gemma2CausalLM(AdapterTask, Exports, TokenTraining):
                 `NextTokenLoss`, the perplexity.
             sampler: how `generate` chooses tokens: a name of a KerasHub sampler, such as `"top_k"`, or an instance.
             remat: whether training keeps the inputs of each decoder block's two branches alone, and computes the rest
-                again for the gradient: a quarter more work, for a fraction of the memory.
+                again for the gradient: a quarter more work, for a fraction of the memory (not with JAX on a CPU,
+                where XLA keeps all the same).
             **kwargs: as `keras.Model.compile` takes them.
 
         Raises:
