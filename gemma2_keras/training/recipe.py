@@ -301,7 +301,7 @@ def _lines(recipe: Recipe) -> Iterator[str]:
             # A list in one line, which `None` does where there is one; otherwise it would put braces around the whole.
             default_flow_style=None if isinstance(value, list) else False,
             # Rare line breaks would be read as spaces.
-            allow_unicode=str(value).isprintable(),
+            allow_unicode=all(str(one).isprintable() for one in (value if isinstance(value, list) else [value])),
             width=math.inf,
         )
         yield f"# {setting.help}"

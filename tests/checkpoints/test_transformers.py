@@ -141,7 +141,9 @@ def test_a_single_file_after_shards_leaves_no_shards(tmp_path):
         "gemma2_keras.json",
         "generation_config.json",
         "model.safetensors",
+        "tokenizer.json",
         "tokenizer.model",
+        "tokenizer_config.json",
     ]
 
 

@@ -75,6 +75,15 @@ def test_what_is_written_is_read(tmp_path_factory, data):
     assert read_settings(path) == dataclasses.asdict(recipe)
 
 
+@pytest.mark.parametrize("text", ["\x85", "a\u2028b", "\u2029"])
+def test_rare_line_breaks_are_kept_in_lists_and_texts(tmp_path, text):
+    recipe = Recipe()
+    object.__setattr__(recipe, "targets", (text,))
+    object.__setattr__(recipe, "preset", text)
+    (tmp_path / "finetune.yaml").write_text(to_yaml(recipe), encoding="utf-8", newline="")
+    assert read_settings(tmp_path / "finetune.yaml") == dataclasses.asdict(recipe)
+
+
 def test_what_is_left_out_stays_open(written):
     assert read_settings(written("")) == {}
     assert read_settings(written("# nothing\n")) == {}
