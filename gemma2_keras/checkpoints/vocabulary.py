@@ -57,15 +57,18 @@ def make_model(pieces: Sequence[tuple[str, float, int]]) -> bytes:
         pieces: text, score and kind of each, in the order of their ids; those of `SPECIAL` among them.
 
     Raises:
-        CheckpointError: if a piece stands twice, or lacks.
+        CheckpointError: if a piece stands twice, lacks, or is no text.
     """
     ids = {piece: i for i, (piece, _, _) in enumerate(pieces)}
     missing = [piece for piece in SPECIAL.values() if piece not in ids]
     if missing:
         raise CheckpointError(f"The vocabulary has no {', '.join(missing)}: this is no Gemma vocabulary.")
     model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
-    for piece, score, kind in pieces:
-        model.pieces.add(piece=piece, score=score, type=kind)
+    try:
+        for piece, score, kind in pieces:
+            model.pieces.add(piece=piece, score=score, type=kind)
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"The vocabulary has a token that is no text: {error.reason}.") from error
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     trainer.model_type, trainer.byte_fallback, trainer.vocab_size = trainer.BPE, True, len(pieces)
     trainer.pad_id, trainer.eos_id, trainer.bos_id, trainer.unk_id = (

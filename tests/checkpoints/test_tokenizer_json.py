@@ -140,6 +140,8 @@ def _swap(file):
         (_set(["model", "merges", 0], "a b c"), "which is no pair of pieces"),
         (_set(["model", "merges", 0], [1, 2]), "which is no pair of pieces"),
         (_set(["model", "merges", 0], None), "which is no pair of pieces"),
+        (lambda file: file["model"]["vocab"].update({"\ud800": len(file["model"]["vocab"])}), "is no text"),
+        (lambda file: file["model"]["vocab"].update({"": len(file["model"]["vocab"])}), "make no SentencePiece model"),
         (lambda file: file["model"]["merges"].pop(), "are not those of a SentencePiece model"),
         (_swap, "are not those of a SentencePiece model"),
     ],

@@ -97,7 +97,7 @@ def write_gguf(
     if proto is None and stop_token_ids is not None:
         raise ValueError("`stop_token_ids` need `proto`, the vocabulary whose ids they are.")
     target = Path(os.path.abspath(path))
-    if target.name.lower() == MODELFILE.lower() or not target.name.isprintable():
+    if target.name.lower() in ("", MODELFILE.lower()) or not target.name.isprintable():
         raise ValueError(f"A GGUF file cannot be named {target.name!r}.")
     rows = checkpoint.config.vocabulary_size
     vocabulary = None if proto is None else Vocabulary(proto, rows, stop_token_ids)

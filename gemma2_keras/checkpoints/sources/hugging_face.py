@@ -120,7 +120,8 @@ def _obtain(repository: str, revision: str | None, names: tuple[str, ...] | list
     held = _held(repository, revision, names)
     before = set() if held is None else {name for name in names if (held / name).exists()}
     if revision is not None and _COMMIT.fullmatch(revision):
-        # The library tries for half a minute to list the files of a commit; whether anybody is there it asks once.
+        # The library tries for half a minute to list the files of a commit; whether anybody is there it asks once. What
+        # it raises then is its HTTP library's, which changes with the version.
         try:
             huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
         except Exception:

@@ -331,6 +331,7 @@ def test_weights_that_the_dtype_cannot_hold_leave_the_old_file(tmp_path, dtype, 
     [
         ("x.gguf", {"dtype": "int8"}, "`dtype` must be one of float32, float16, bfloat16, q8_0, or None; given 'int8'"),
         ("x.gguf", {"stop_token_ids": [1]}, "`stop_token_ids` need `proto`"),
+        ("/", {}, "A GGUF file cannot be named ''"),
         ("Modelfile", {}, "A GGUF file cannot be named 'Modelfile'"),
         ("a\nb.gguf", {}, r"A GGUF file cannot be named 'a\\nb.gguf'"),
     ],
