@@ -29,7 +29,7 @@ def replacing_folder(
         folder: where the result shall stand. What is there may be replaced if it is empty or holds a file `marker`.
         marker: name of a file that tells a folder of ours.
         replaced: tells by its name whether a file of the old folder goes; all others stay. Of a folder it is asked with
-            a stroke behind the name whether such files are in it, whose names then have the folder's before.
+            a slash behind the name whether such files are in it, whose names then have the folder's before.
         kind: what is saved, for the error message.
 
     Yields:

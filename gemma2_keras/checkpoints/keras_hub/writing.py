@@ -158,7 +158,7 @@ def _describe_backbone(config: Gemma2Config, dtype: str) -> dict[str, Any]:
 
 
 def is_of_keras_hub(name: str) -> bool:
-    """Whether a name in a folder, or that of a folder in it with a stroke behind, is one of those that are written."""
+    """Whether a name in a folder, or that of a folder in it with a slash behind, is one of those that are written."""
     return name in _NAMES or WEIGHTS.fullmatch(name) is not None
 
 
